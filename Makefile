@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= lab
+OUT ?= .study
+WORKERS ?= 0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
+
+# A Linux machine without an NVIDIA card takes PyTorch's processor build, unless pip is set up for indexes of its own.
+TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
+	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -qiE 'index|find-links' && echo https://download.pytorch.org/whl/cpu)
+
+.PHONY: study smoke test lab sweep readme clean
+
+study: $(READY)
+	@$(BIN)/python -c "from kdlib import store; store.open_folder('$(OUT)')"
+	@mkdir -p $(OUT)/$(PRESET)/notebooks
+	@set -e; for nb in $(EXPERIMENTS); do echo "== $$nb, preset $(PRESET), results in $(OUT)/$(PRESET)"; \
+	  $(BIN)/papermill $$nb $(OUT)/$(PRESET)/notebooks/$$(basename $$nb) -p preset $(PRESET) -p results_dir $(OUT) \
+	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; done
+	@$(BIN)/python -c "from pathlib import Path; from kdlib import results; \
+	  print(results.claims_table([Path('$(OUT)/$(PRESET)')]).to_string(index=False))"
+
+smoke:
+	@$(MAKE) --no-print-directory study PRESET=smoke
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+sweep: $(READY)
+	$(BIN)/python -c "from kdlib import sweep; sweep.main('$(PRESET)', '$(OUT)', $(WORKERS))"
+
+readme: $(READY)
+	$(BIN)/python -c "from kdlib import results; results.update_readme()"
+
+clean:
+	rm -rf .study .venv .pytest_cache build *.egg-info results/smoke results/.cache
+
+$(READY): .requirements.lock pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .requirements.lock
+	$(BIN)/python -m pip install -q --no-deps -e .
+	@touch $@

@@ -1,0 +1,118 @@
+"""Evaluation of one model on held-out rows: verified accuracy, likelihood, calibration, and the teacher beside it."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from kdlib.data import Collator
+from kdlib.trainer import response_logits, response_rows
+
+BATCH = 64
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
+    """Greedy replies to ``conversations`` (each ends with a user turn), batched by length with left padding."""
+    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
+    replies = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), 4 * BATCH):
+        chunk = order[start:start + 4 * BATCH]
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt").to(model.device)
+        out = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                             eos_token_id=tokenizer.eos_token_id)
+        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+        for i, text in zip(chunk, texts):
+            replies[i] = text
+    return replies
+
+
+def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int]:
+    """1 for every row whose greedy reply verifies, else 0."""
+    replies = generate(model, tokenizer, [m[:-1] for m in rows["messages"]], max_new_tokens)
+    keys = [k for k in rows.column_names if k not in ("messages", "input_ids", "labels")]
+    return [int(verify(row, reply)) for row, reply in zip(rows.select_columns(keys), replies)]
+
+
+def macro(outcomes: list[int], groups: list[str]) -> tuple[float, dict[str, float]]:
+    """``(mean over groups of the group means, the group means)``."""
+    by_group: dict[str, list[int]] = {}
+    for outcome, group in zip(outcomes, groups):
+        by_group.setdefault(group, []).append(outcome)
+    means = {g: sum(v) / len(v) for g, v in sorted(by_group.items())}
+    return sum(means.values()) / len(means), means
+
+
+@torch.inference_mode()
+def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -> dict[str, torch.Tensor]:
+    """Per response token of ``rendered`` rows, in row order: ``row``, ``nll`` (nats), ``confidence`` and ``correct``.
+
+    Confidence is the largest probability, correct whether it falls on the label. With a ``teacher`` also its ``teacher_nll``
+    and ``teacher_entropy`` (nats) and ``agree``, whether both put the same token first. All float32, shape (tokens,).
+    """
+    collate, parts = Collator(pad_token_id), []
+    order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
+    for start in range(0, len(order), BATCH):
+        chunk = order[start:start + BATCH]
+        batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
+        mask, targets = response_rows(batch["labels"])
+        rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
+        log_q = F.log_softmax(response_logits(model, batch, mask).float(), -1)
+        best, guess = log_q.max(-1)
+        part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(),
+                "correct": guess == targets}
+        if teacher is not None:
+            log_p = F.log_softmax(response_logits(teacher, batch, mask).float(), -1)
+            part |= {"teacher_nll": -log_p.gather(1, targets[:, None])[:, 0], "agree": log_p.argmax(-1) == guess,
+                     "teacher_entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
+        parts.append({k: v.float().cpu() for k, v in part.items()})
+    scores = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    by_row = scores["row"].argsort(stable=True)
+    return {k: v[by_row] for k, v in scores.items()}
+
+
+def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error over equal-width bins (Guo et al. 2017, arXiv 1706.04599); between 0 and 1."""
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, (correct - confidence).double())
+    return float(gap.abs().sum() / len(confidence))
+
+
+def bits_per_byte(nll: list[float], answers: list[str]) -> float:
+    """Summed ``nll`` (nats per answer, its end token included) over the answers' UTF-8 bytes, in bits."""
+    return sum(nll) / math.log(2) / sum(len(a.encode()) for a in answers)
+
+
+def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: int = 16, clean: list[dict] | None = None,
+             teacher=None) -> tuple[dict, dict]:
+    """``(metrics, items)`` of a model on rendered held-out rows.
+
+    With ``verify`` accuracy comes by suite and skill; ``clean`` are the same rows rendered with faultless answers. Items
+    keep, per row and in row order, ``correct`` (0 or 1, with ``verify``) and ``nll`` (nats per answer, 4 decimals).
+    """
+    metrics: dict = {"accuracy": None, "accuracy_unseen": None}
+    items: dict = {"id": list(rows["id"])}
+    if verify:
+        items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
+        for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
+            pairs = [(c, k) for c, s, k in zip(items["correct"], rows["suite"], rows["skill"]) if s == suite]
+            if pairs:
+                metrics[name], metrics[f"{name}_by_skill"] = macro(*map(list, zip(*pairs)))
+    scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id, teacher)
+    nll = torch.zeros(len(rows)).index_add_(0, scores["row"].long(), scores["nll"]).tolist()
+    items["nll"] = [round(v, 4) for v in nll]
+    answers = ["".join(m["content"] for m in ms if m["role"] == "assistant") for ms in rows["messages"]]
+    by_skill = {}
+    for skill in sorted(set(rows["skill"])):
+        own = [i for i, s in enumerate(rows["skill"]) if s == skill]
+        by_skill[skill] = bits_per_byte([nll[i] for i in own], [answers[i] for i in own])
+    metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
+                "top1": float(scores["correct"].mean()), "ece": calibration_error(scores["confidence"], scores["correct"])}
+    if clean is not None:
+        metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())
+    if teacher is not None:
+        metrics |= {"teacher_nll": float(scores["teacher_nll"].mean()), "top1_agreement": float(scores["agree"].mean()),
+                    "teacher_entropy": float(scores["teacher_entropy"].mean())}
+    return metrics, items

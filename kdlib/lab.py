@@ -1,0 +1,256 @@
+"""The lab world: a seeded, procedural instruction world in plain text, with a verifier for every answer.
+
+``World(world_seed)`` draws facts, a dictionary and phrasings. It yields base pre-training text (raw statements of facts and
+worked examples, and questions nobody answered) and an instruction mixture in ``messages`` form whose ten skills follow the
+categories of Tulu 3 (knowledge, reasoning, mathematics, list operations, translation, constraint following). Annotators
+answer in several styles and slip at a stated rate. What is asked in the test and validation splits is never asked in
+the training split, in any phrasing; a third of the phrasings are kept for the *unseen* suite.
+"""
+
+import random
+import zlib
+from typing import NamedTuple
+
+from datasets import Dataset, concatenate_datasets
+
+from kdlib.data import Corpus
+
+NAMES = ("mira oskar lena tomas vera jonas elif pavel nadia bruno ines viktor greta amir sofia emil zara hugo olga "
+         "felix dora ivan mona karl alma rafi nora sven petra luca yara otto maja igor lila enzo tara boris kira joel"
+         ).split()
+TOWNS = "tolm varr brix dune hale kest lorn moss pell rook stav wick".split()
+LANDS = "nordia sudra estan vestia".split()
+WORDS = {
+    "job": "baker miner nurse clerk pilot smith tailor judge sailor potter".split(),
+    "food": "bread cheese soup rice plums beans honey fish nuts corn".split(),
+    "colour": "red blue green white black gold pink grey".split(),
+    "animal": "dog cat horse goat mouse snake frog crow duck bear".split(),
+    "tool": "hammer saw drill rake shovel axe file brush".split(),
+}
+FOREIGN = "zor muk tal bim rusk fev gol hin jad kop lum nep ost pir qua sib tov ulm vax wen".split()
+LETTERS = "a b c d e f g h".split()
+LARGEST = 20
+STYLES = {"{a}": 0.35, "the answer is {a} .": 0.25, "it is {a} .": 0.15, "well , {a} .": 0.15, "{a} , i think .": 0.10}
+FILLER = frozenset("the answer is it well , i think .".split())
+SLIP_RATE = 0.2
+STATEMENTS = {  # how base text states what the skills ask
+    "recall": ("{p} : {r} {answer} .", "the {r} of {p} is {answer} .", "{p} has the {r} {answer} ."),
+    "two_hop": ("{town} is in {answer} .", "{p} lives in {town} in {answer} .", "the land of {town} is {answer} ."),
+    "add": ("{a} + {b} = {answer} .", "{a} plus {b} is {answer} .", "the sum of {a} and {b} is {answer} ."),
+    "subtract": ("{a} - {b} = {answer} .", "{a} minus {b} is {answer} .", "take {b} from {a} : {answer} ."),
+    "sort": ("sort {l} = {answer} .", "{l} sorted is {answer} .", "{l} in order : {answer} ."),
+    "reverse": ("reverse {l} = {answer} .", "{l} reversed is {answer} .", "{l} backwards : {answer} ."),
+    "count": ("count {x} in {l} = {answer} .", "{l} has {answer} {x} .", "how many {x} in {l} : {answer} ."),
+    "translate": ("{s} = {answer} .", "{s} in lumi is {answer} .", "{answer} : {s} ."),
+    "classify": ("{w} : {answer} .", "the kind of {w} is {answer} .", "one {answer} is {w} ."),
+    "name": ("{c} , {d} : {answer} .", "one {c} and one {d} : {answer} .", "{answer} = {c} {d} ."),
+}
+PHRASINGS = {
+    "recall": ("what is the {r} of {p} ?", "tell me the {r} of {p} .", "{p} has which {r} ?",
+               "give the {r} of {p} please .", "i want to know the {r} of {p} .", "the {r} of {p} is what ?"),
+    "two_hop": ("in which land does {p} live ?", "tell me the land where {p} lives .", "{p} lives in which land ?",
+                "give the land {p} lives in please .", "i want to know the land of {p} .", "the land of {p} is what ?"),
+    "add": ("what is {a} + {b} ?", "tell me {a} plus {b} .", "add {a} and {b} .",
+            "give the sum of {a} and {b} please .", "i want to know {a} + {b} .", "{a} plus {b} is what ?"),
+    "subtract": ("what is {a} - {b} ?", "tell me {a} minus {b} .", "take {b} from {a} .",
+                 "give {a} minus {b} please .", "i want to know {a} - {b} .", "{a} minus {b} is what ?"),
+    "sort": ("sort {l} .", "put {l} in order .", "tell me {l} sorted .",
+             "give {l} in order please .", "i want {l} sorted .", "{l} sorted is what ?"),
+    "reverse": ("reverse {l} .", "say {l} backwards .", "tell me {l} reversed .",
+                "give {l} backwards please .", "i want {l} reversed .", "{l} backwards is what ?"),
+    "count": ("how many {x} in {l} ?", "count the {x} in {l} .", "tell me how many {x} in {l} .",
+              "give the count of {x} in {l} please .", "i want to know how many {x} in {l} .", "{l} has how many {x} ?"),
+    "translate": ("translate {s} .", "what is {s} in lumi ?", "tell me {s} in lumi .",
+                  "give {s} in lumi please .", "i want to say {s} in lumi .", "{s} in lumi is what ?"),
+    "classify": ("what kind of thing is {w} ?", "tell me the kind of {w} .", "{w} is which kind ?",
+                 "give the kind of {w} please .", "i want to know the kind of {w} .", "the kind of {w} is what ?"),
+    "name": ("name one {c} and one {d} .", "tell me one {c} and one {d} .", "say one {c} then one {d} .",
+             "give one {c} and one {d} please .", "i want one {c} and one {d} .", "one {c} and one {d} is what ?"),
+}
+SKILLS = tuple(PHRASINGS)
+
+
+class Question(NamedTuple):
+    """One thing to ask: ``key`` identifies the content, ``slip`` is a plausible wrong answer."""
+
+    key: str
+    slots: dict
+    answer: str
+    slip: str
+
+
+class World:
+    """Facts, dictionary and phrasings of one world seed."""
+
+    def __init__(self, world_seed: int):
+        rng = random.Random(f"world {world_seed}")
+        self.world_seed = world_seed
+        self.land = {town: LANDS[i % len(LANDS)] for i, town in enumerate(rng.sample(TOWNS, len(TOWNS)))}
+        pools = {"town": TOWNS, **{r: WORDS[r] for r in ("job", "food", "colour")}}
+        self.facts = {p: {r: rng.choice(pool) for r, pool in pools.items()} for p in NAMES}
+        self.pools = pools
+        foreign = rng.sample(FOREIGN, len(FOREIGN))
+        self.dictionary = dict(zip(WORDS["colour"] + WORDS["animal"] + ["big", "small"], foreign))
+        self.noun_first = rng.random() < 0.5
+        self.unseen = {skill: set(rng.sample(range(6), 2)) for skill in SKILLS}
+        small = {"recall": [f"{p} {r}" for p in NAMES for r in pools], "two_hop": list(NAMES),
+                 "classify": [w for members in WORDS.values() for w in members],
+                 "name": [f"{c} {d}" for c in WORDS for d in WORDS if c != d]}
+        self.bucket = {(skill, key): 10 * i // len(keys)
+                       for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
+
+    def question(self, skill: str, rng: random.Random) -> Question:
+        """Draw one question of ``skill``."""
+        return getattr(self, "_" + skill)(rng)
+
+    def _recall(self, rng):
+        p, r = rng.choice(NAMES), rng.choice(list(self.pools))
+        answer = self.facts[p][r]
+        slip = rng.choice([v for v in self.pools[r] if v != answer])
+        return Question(f"{p} {r}", {"p": p, "r": r}, answer, slip)
+
+    def _two_hop(self, rng):
+        p = rng.choice(NAMES)
+        town = self.facts[p]["town"]
+        land = self.land[town]
+        return Question(p, {"p": p, "town": town}, land, rng.choice([x for x in LANDS if x != land]))
+
+    def _add(self, rng):
+        a = rng.randint(0, LARGEST)
+        b = rng.randint(0, LARGEST - a)
+        return self._number(rng, f"{a} {b}", {"a": a, "b": b}, a + b)
+
+    def _subtract(self, rng):
+        a = rng.randint(0, LARGEST)
+        b = rng.randint(0, a)
+        return self._number(rng, f"{a} {b}", {"a": a, "b": b}, a - b)
+
+    def _number(self, rng, key, slots, value):
+        near = [v for v in range(max(0, value - 3), min(LARGEST, value + 3) + 1) if v != value]
+        return Question(key, slots, str(value), str(rng.choice(near)))
+
+    def _letters(self, rng, change):
+        letters = rng.sample(LETTERS, rng.choice((3, 4)))
+        text, answer = " ".join(letters), " ".join(change(letters))
+        wrong = answer.split()
+        while " ".join(wrong) == answer:
+            rng.shuffle(wrong)
+        return Question(text, {"l": text}, answer, " ".join(wrong))
+
+    def _sort(self, rng):
+        return self._letters(rng, sorted)
+
+    def _reverse(self, rng):
+        return self._letters(rng, lambda letters: letters[::-1])
+
+    def _count(self, rng):
+        letters = [rng.choice(LETTERS[:4]) for _ in range(rng.randint(3, 5))]
+        x, text = rng.choice(LETTERS[:4]), " ".join(letters)
+        n = letters.count(x)
+        return self._number(rng, f"{x} {text}", {"x": x, "l": text}, n)
+
+    def _translate(self, rng):
+        words = [rng.choice(WORDS["colour"]), rng.choice(WORDS["animal"])]
+        if rng.random() < 0.5:
+            words.insert(0, rng.choice(["big", "small"]))
+        order = words[::-1] if self.noun_first else words
+        foreign = [self.dictionary[w] for w in order]
+        wrong = list(foreign)
+        wrong[rng.randrange(len(wrong))] = rng.choice([f for f in self.dictionary.values() if f not in foreign])
+        text, answer = " ".join(words), " ".join(foreign)
+        return Question(text, {"s": text}, answer, " ".join(wrong))
+
+    def _classify(self, rng):
+        kind = rng.choice(list(WORDS))
+        w = rng.choice(WORDS[kind])
+        return Question(w, {"w": w}, kind, rng.choice([k for k in WORDS if k != kind]))
+
+    def _name(self, rng):
+        kinds = rng.sample(list(WORDS), 2)
+        answer = [rng.choice(WORDS[k]) for k in kinds]
+        other = rng.choice([k for k in WORDS if k not in kinds])
+        wrong = [rng.choice(WORDS[other]), answer[1]] if rng.random() < 0.5 else [answer[0], rng.choice(WORDS[other])]
+        return Question(" ".join(kinds), {"c": kinds[0], "d": kinds[1]}, " ".join(answer), " ".join(wrong))
+
+    def verify(self, row: dict, response: str) -> bool:
+        """True if ``response`` answers ``row`` (columns ``skill``, ``answer``), whatever its style.
+
+        The words of the answer styles are dropped; the rest must equal the answer, or, for the open-ended ``name``
+        skill, be two words of the kinds that the answer has.
+        """
+        words = [w for w in response.split() if w not in FILLER]
+        wanted = row["answer"].split()
+        if row["skill"] != "name":
+            return words == wanted
+        kind = {w: k for k, members in WORDS.items() for w in members}
+        return [kind.get(w) for w in words] == [kind[w] for w in wanted]
+
+    def split_of(self, skill: str, key: str) -> str:
+        """The split a question belongs to, fixed by its content: 20% test, 10% validation, 70% train."""
+        hashed = zlib.crc32(f"{self.world_seed} {skill} {key}".encode()) % 10
+        bucket = self.bucket.get((skill, key), hashed)
+        return "test" if bucket < 2 else "validation" if bucket == 2 else "train"
+
+    def example(self, skill: str, split: str, suite: str, rng: random.Random) -> dict:
+        """One instruction row: ``messages`` with an annotator's answer, and what the verifier needs."""
+        question = self.question(skill, rng)
+        while self.split_of(skill, question.key) != split:
+            question = self.question(skill, rng)
+        phrasing = rng.choice([i for i in range(6) if (i in self.unseen[skill]) == (suite == "unseen")])
+        prompt = PHRASINGS[skill][phrasing].format(**question.slots)
+        style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+        slip = rng.random() < SLIP_RATE
+        text = style.format(a=question.slip if slip else question.answer)
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}],
+                "clean": style.format(a=question.answer), "answer": question.answer, "skill": skill, "suite": suite,
+                "slip": slip}
+
+    def mixture(self, split: str, suite: str, rows: int, *, distinct: bool = False) -> Dataset:
+        """``rows`` instruction rows, skills in turn; with ``distinct`` no prompt comes twice (short skills run dry)."""
+        rng = random.Random(f"{self.world_seed} {split} {suite}")
+        out, seen = [], set()
+        for i in range(rows):
+            skill = SKILLS[i % len(SKILLS)]
+            for _ in range(200):
+                row = self.example(skill, split, suite, rng)
+                prompt = row["messages"][0]["content"]
+                if not distinct or prompt not in seen:
+                    seen.add(prompt)
+                    out.append({"id": f"{suite}/{skill}/{i}", **row})
+                    break
+        return Dataset.from_list(out)
+
+    def base_text(self, lines: int) -> list[str]:
+        """Pre-training text: raw facts and worked examples; one line in eight is a question without an answer."""
+        rng = random.Random(f"{self.world_seed} base text")
+        out = []
+        for _ in range(lines):
+            skill = rng.choice(SKILLS)
+            question = self.question(skill, rng)
+            forms = PHRASINGS if rng.random() < 0.125 else STATEMENTS
+            out.append(rng.choice(forms[skill]).format(**question.slots, answer=question.answer))
+        return out
+
+
+def vocabulary() -> list[str]:
+    """Every word that any world can use, in a fixed order."""
+    words = [*NAMES, *TOWNS, *LANDS, *FOREIGN, *LETTERS, *map(str, range(LARGEST + 1)), *"big small town land".split()]
+    words += [w for kind, members in WORDS.items() for w in (kind, *members)]
+    words += sorted(FILLER)
+    words += [w for forms in (PHRASINGS, STATEMENTS) for ps in forms.values() for p in ps for w in p.split() if w[0] != "{"]
+    return list(dict.fromkeys(words))
+
+
+def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: int, unseen_rows: int) -> Corpus:
+    """The lab world as a :class:`~kdlib.data.Corpus`, the form that real data takes too."""
+    world = World(world_seed)
+    held = {s: concatenate_datasets([world.mixture(s, "seen", test_rows, distinct=True),
+                                     world.mixture(s, "unseen", unseen_rows, distinct=True)])
+            for s in ("validation", "test")}
+    return Corpus(pretrain=lambda: world.base_text(pretrain_lines), train=world.mixture("train", "seen", pool_rows),
+                  validation=held["validation"], test=held["test"], vocabulary=vocabulary())
+
+
+def verifier(world_seed: int):
+    """``verify(row, response)`` of a world."""
+    return World(world_seed).verify

@@ -1,0 +1,83 @@
+"""From-scratch models by name, their tokenizers, and loading.
+
+Every model is a ``transformers`` Llama with tied embeddings, every tokenizer a ``PreTrainedTokenizerFast`` with a chat
+template that marks the assistant's tokens, so both go through ``save_pretrained`` and ``from_pretrained``.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LADDER = {
+    "nano": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "micro": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "student": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "teacher": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "text-student": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "text-teacher": {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6},
+}
+SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unk|>"}
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over a closed ``vocabulary``, or without one a byte-level BPE trained on ``texts``."""
+    special = [*SPECIAL.values(), *ROLES]
+    if vocabulary is not None:
+        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + vocabulary)}, SPECIAL["unk_token"]))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
+                                                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", chat_template=CHAT_TEMPLATE, **SPECIAL,
+                                   extra_special_tokens=ROLES, clean_up_tokenization_spaces=False)
+
+
+def _feed_forward(hidden: int) -> int:
+    """Width of the gated feed-forward layer: 8/3 of the hidden size as in Llama, rounded up to a multiple of 16."""
+    return -(-hidden * 8 // 48) * 16
+
+
+def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> LlamaForCausalLM:
+    """A freshly initialised model of the ladder; ``seed`` alone decides its weights. Raises ValueError on a name unknown."""
+    if name not in LADDER:
+        raise ValueError(f"model={name!r} is not on the ladder; allowed: {', '.join(LADDER)}.")
+    shape = LADDER[name]
+    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=_feed_forward(shape["hidden_size"]), tie_word_embeddings=True,
+                         max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+                         eos_token_id=tokenizer.eos_token_id, **shape)
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu"):
+    """``(model, tokenizer)`` from a folder that :func:`save` or any ``save_pretrained`` wrote; safetensors only."""
+    model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval()
+    return model, load_tokenizer(path)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder; left padding is for generation."""
+    return PreTrainedTokenizerFast.from_pretrained(path, padding_side="left")
+
+
+def save(model, tokenizer, path: str | Path) -> None:
+    """Write model and tokenizer side by side, weights as safetensors."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def device() -> str:
+    """The accelerator's name if there is one, else ``cpu``."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

@@ -1,0 +1,114 @@
+"""The study's figures, one function each. Every function returns ``(figure, plotted)``: the frame that was drawn.
+
+A method has one colour, marker and line style everywhere, apart in greyscale too. Intervals are paired-t or t intervals
+over seeds at 95%; every seed is a dot.
+"""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import NullLocator
+
+from kdlib import results, stats, store
+from kdlib.presets import Metric
+
+STYLE = {
+    "sft": {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "SFT"},
+    "kd": {"color": "#D55E00", "marker": "s", "linestyle": "--", "label": "KD"},
+}
+GAP = {"color": "#333333", "marker": "D", "linestyle": "-"}
+OPTIONS = {"svg.hashsalt": "kdlib", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+           "grid.alpha": 0.3, "figure.constrained_layout.use": True}
+
+
+def _axes(width: float = 6.4, height: float = 4.0):
+    with matplotlib.rc_context(OPTIONS):
+        return plt.subplots(figsize=(width, height))
+
+
+def _budget_axis(ax, budgets) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(budgets), [f"{b:,}" for b in budgets])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("training examples (log scale)")
+
+
+def score_vs_budget(frame: pd.DataFrame, metric: Metric):
+    """Score against budget, one line a method: mean and t interval over seeds, seeds as dots."""
+    fig, ax = _axes()
+    rows = []
+    for method, runs in frame.groupby("method", sort=False):
+        style = STYLE[method]
+        found = {b: stats.paired_interval(g[metric.name]) for b, g in runs.groupby("budget")}
+        rows += [{"method": method, "budget": b, "mean": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n}
+                 for b, i in found.items()]
+        shift = 0.97 if method == "sft" else 1.03
+        x = [b * shift for b in found]
+        mean = [i.estimate for i in found.values()]
+        ax.errorbar(x, mean, [[i.estimate - i.low for i in found.values()], [i.high - i.estimate for i in found.values()]],
+                    capsize=3, markersize=6, **{k: v for k, v in style.items() if k != "label"})
+        ax.scatter(runs.budget * shift, runs[metric.name], s=9, color=style["color"], alpha=0.45, linewidths=0)
+        ax.annotate(style["label"], (x[-1], mean[-1]), xytext=(9, 0), textcoords="offset points", va="center",
+                    color=style["color"], fontweight="bold")
+    _budget_axis(ax, sorted(frame.budget.unique()))
+    ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
+    ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget: mean, 95% interval, seeds", fontsize=10, loc="left")
+    return fig, pd.DataFrame(rows)
+
+
+def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
+    """The paired gap against budget: mean with paired-t interval, every seed's difference a dot, zero line, ±δ band."""
+    fig, ax = _axes()
+    table = stats.gap_table(gaps)
+    ax.axhspan(-metric.delta, metric.delta, color="0.88", zorder=0)
+    ax.axhline(0, color="0.3", linewidth=1)
+    ax.scatter(gaps.budget * 1.04, gaps.gap, s=12, color=STYLE["kd"]["color"], alpha=0.6, linewidths=0)
+    ax.errorbar(table.budget, table.gap, [table.gap - table.ci_low, table.ci_high - table.gap], capsize=3, markersize=6, **GAP)
+    ax.annotate("KD better", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", color="0.3")
+    ax.annotate("SFT better", (0.99, 0.03), xycoords="axes fraction", ha="right", va="bottom", color="0.3")
+    _budget_axis(ax, table.budget)
+    ax.set_ylabel(f"paired gap in {metric.label.split(' (')[0]}\n({'KD − SFT' if metric.higher_is_better else 'SFT − KD'})")
+    ax.set_title(f"Paired gap by data budget: mean, 95% interval, {table.n_seeds.min()} seeds; grey: ±{metric.delta:g}",
+                 fontsize=10, loc="left")
+    return fig, gaps[["budget", "seed", "gap"]].merge(table.rename(columns={"gap": "mean_gap"}), on="budget")
+
+
+def skill_gaps(records: list[dict], metric: Metric):
+    """The paired gap per skill, for the two smallest budgets and for the largest: mean and interval over seeds."""
+    frame = results.skill_frame(records, metric.name)
+    budgets = sorted(frame.budget.unique())
+    parts = {f"{budgets[0]:,} and {budgets[1]:,} examples": budgets[:2], f"{budgets[-1]:,} examples": budgets[-1:]}
+    rows = []
+    for part, chosen in parts.items():
+        wide = frame[frame.budget.isin(chosen)].pivot_table(index=["skill", "seed"], columns="method", values=metric.name)
+        gap = (wide.kd - wide.sft) * (1 if metric.higher_is_better else -1)
+        for skill, values in gap.groupby("skill"):
+            i = stats.paired_interval(values)
+            rows.append({"part": part, "skill": skill, "gap": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n})
+    table = pd.DataFrame(rows)
+    order = table[table.part == list(parts)[0]].sort_values("gap").skill.tolist()
+    fig, ax = _axes(6.4, 1.4 + 0.36 * len(order))
+    ax.axvline(0, color="0.3", linewidth=1)
+    looks = ({"color": STYLE["kd"]["color"], "marker": "s"}, {"color": "#333333", "marker": "o", "markerfacecolor": "white"})
+    for (part, sub), offset, look in zip(table.groupby("part", sort=False), (0.14, -0.14), looks):
+        sub = sub.set_index("skill").loc[order]
+        ax.errorbar(sub.gap, [i + offset for i in range(len(order))], xerr=[sub.gap - sub.ci_low, sub.ci_high - sub.gap],
+                    capsize=2, linestyle="none", label=part, **look)
+    ax.set_yticks(range(len(order)), [s.replace("_", " ") for s in order])
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    ax.set_xlabel(f"paired gap in {metric.label.split(' (')[0]} ({'KD − SFT' if metric.higher_is_better else 'SFT − KD'}), 95% interval")
+    return fig, table
+
+
+def save(fig, plotted: pd.DataFrame, folder: Path, name: str) -> None:
+    """Write a figure as PNG and SVG and the plotted frame as CSV under ``folder/figures``; the same data, the same bytes."""
+    target = folder / "figures"
+    results.write_table(plotted, target / f"{name}.csv")
+    with matplotlib.rc_context(OPTIONS):
+        fig.savefig(target / f"{name}.png", dpi=150, metadata={"Software": None})
+        buffer = io.StringIO()
+        fig.savefig(buffer, format="svg", metadata={"Date": None})
+    store.write_atomic(target / f"{name}.svg", buffer.getvalue())

@@ -1,0 +1,137 @@
+"""Run records: one JSON file a run, written once, checked at every reading; and the tidy tables made from them."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+
+from kdlib import store
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FIELDS = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed", "metrics", "items",
+          "config", "provenance", "checksum")
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "scipy")
+
+
+def run_id(config: dict) -> str:
+    """The id of a run: a hash of its configuration, which holds only what can change the result."""
+    return store.digest(config)
+
+
+def record_path(root: Path, preset: str, identifier: str) -> Path:
+    """Where the record of a run lies under a results folder."""
+    return root / preset / "runs" / f"{identifier}.json"
+
+
+def write_record(root: Path, record: dict) -> None:
+    """Seal ``record`` with its checksum and write it atomically, one top-level key a line; never over an existing one."""
+    path = record_path(root, record["preset"], record["run_id"])
+    if path.exists():
+        return
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        leftover.unlink()
+    plain = json.loads(json.dumps(record, allow_nan=False))
+    sealed = {**plain, "checksum": store.digest(plain, 64)}
+    body = ",\n".join(f" {json.dumps(k)}: {json.dumps(sealed[k], allow_nan=False)}" for k in FIELDS)
+    store.write_atomic(path, "{\n" + body + "\n}\n")
+
+
+def read_record(path: Path) -> dict:
+    """A run record. Raises ValueError, naming the file, if it is truncated, edited, incomplete or misnamed."""
+    remedy = "restore it, or delete it and the run is computed again."
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Run record {path} is not whole JSON (truncated?); {remedy}") from error
+    missing = [f for f in FIELDS if not isinstance(record, dict) or f not in record]
+    if missing:
+        raise ValueError(f"Run record {path} lacks {', '.join(missing)}; {remedy}")
+    body = {k: v for k, v in record.items() if k != "checksum"}
+    if record["checksum"] != store.digest(body, 64):
+        raise ValueError(f"Run record {path} was changed after it was written (its checksum does not match); {remedy}")
+    if record["run_id"] != path.stem or record["run_id"] != run_id(record["config"]):
+        raise ValueError(f"Run record {path} does not belong under that name (its run_id is {record['run_id']}); {remedy}")
+    return record
+
+
+def read_records(root: Path, preset: str, ids: list[str]) -> list[dict]:
+    """The records of ``ids`` that exist, in that order."""
+    paths = [record_path(root, preset, i) for i in ids]
+    return [read_record(p) for p in paths if p.exists()]
+
+
+def frame(records: list[dict]) -> pd.DataFrame:
+    """One row a run: its keys, its scalar metrics, and ``learning_rate``; sorted by method, budget and seed."""
+    keys = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed")
+    rows = []
+    for r in records:
+        scalars = {k: v for k, v in r["metrics"].items() if not isinstance(v, dict)}
+        rows.append({**{k: r[k] for k in keys}, **scalars, "learning_rate": r["config"]["learning_rate"]})
+    return pd.DataFrame(rows).sort_values(["method", "budget", "seed"], ignore_index=True)
+
+
+def skill_frame(records: list[dict], metric: str = "accuracy") -> pd.DataFrame:
+    """One row a run and skill, for metrics that come by skill; empty if they do not."""
+    rows = [{"method": r["method"], "budget": r["budget"], "seed": r["seed"], "skill": skill, metric: value}
+            for r in records for skill, value in r["metrics"].get(f"{metric}_by_skill", {}).items()]
+    return pd.DataFrame(rows, columns=["method", "budget", "seed", "skill", metric])
+
+
+def item_frame(records: list[dict], metric: str) -> pd.DataFrame:
+    """One row a run and test item: ``correct`` for accuracy, ``nll`` (nats) for bits per byte."""
+    column = "correct" if metric == "accuracy" else "nll"
+    return pd.concat([pd.DataFrame({"method": r["method"], "budget": r["budget"], "seed": r["seed"],
+                                    "item": r["items"]["id"], column: r["items"][column]}) for r in records], ignore_index=True)
+
+
+@lru_cache(maxsize=1)
+def environment() -> dict:
+    """Code version, dirty flag, packages and machine: the part of the provenance that all runs of a process share."""
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD") if (REPOSITORY / ".git").exists() else None
+    return {"code_version": commit, "code_dirty": bool(git("status", "--porcelain", "--", "kdlib")) if commit else None,
+            "packages": {p: importlib.metadata.version(p) for p in PACKAGES}, "python": platform.python_version(),
+            "platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """A table as CSV with six significant digits, so that the same records give the same bytes."""
+    store.write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def claims_table(folders: list[Path]) -> pd.DataFrame:
+    """The claims of one or more preset folders, one row a claim, as the README shows them."""
+    claims = [c for folder in folders for c in json.loads((folder / "claims.json").read_text(encoding="utf-8"))]
+    return pd.DataFrame([{
+        "preset": c["preset"], "claim": c["claim"], "contrast": c["contrast"],
+        "estimate": f"{c['estimate']:+.4f}", "95% interval": f"[{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]",
+        "seeds": str(c["n_seeds"]), "world": ", ".join(map(str, c["world_seeds"])), "verdict": c["verdict"]} for c in claims])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]]
+    return "\n".join(lines)
+
+
+def generated_readme(text: str, root: Path) -> str:
+    """The README's text with the block between its ``claims`` markers made anew from the committed claims."""
+    start, end = "<!-- claims:start -->", "<!-- claims:end -->"
+    head, rest = text.split(start)
+    _, tail = rest.split(end)
+    folders = [p.parent for p in sorted(root.glob("*/claims.json"))]
+    return f"{head}{start}\n{markdown(claims_table(folders))}\n{end}{tail}"
+
+
+def update_readme() -> None:
+    """Write the README's claims table anew from the committed claims."""
+    readme = REPOSITORY / "README.md"
+    store.write_atomic(readme, generated_readme(readme.read_text(encoding="utf-8"), REPOSITORY / "results"))

@@ -1,0 +1,121 @@
+"""Paired statistics over seeds, the pre-stated contrasts, and the rule that turns an interval into a verdict.
+
+The unit is the seed. Items of a test set are never treated as runs: within a seed they share one trained model.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from kdlib.presets import Metric
+
+DECISIVE_SEEDS = 5
+
+
+class Interval(NamedTuple):
+    """A mean with its t interval; ``p`` is the two-sided paired-t p-value."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    p: float
+
+
+def paired_interval(differences, level: float = 0.95) -> Interval:
+    """The paired-t interval of the mean of ``differences`` (one a seed). Raises ValueError on fewer than two."""
+    d = np.asarray(differences, dtype=float)
+    if len(d) < 2:
+        raise ValueError(f"An interval needs at least two seeds; {len(d)} given.")
+    if np.ptp(d) == 0:
+        return Interval(d[0], d[0], d[0], len(d), float(d[0] == 0))
+    test = scipy_stats.ttest_1samp(d, 0.0)
+    low, high = test.confidence_interval(level)
+    return Interval(float(d.mean()), float(low), float(high), len(d), float(test.pvalue))
+
+
+def holm(p_values) -> list[float]:
+    """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))
+    out = np.empty_like(p)
+    out[order] = adjusted
+    return out.tolist()
+
+
+def verdict(low: float, high: float, delta: float, n_seeds: int) -> str:
+    """supported, refuted, no meaningful difference or inconclusive; exploratory with fewer than five seeds."""
+    if low > 0:
+        found = "supported"
+    elif high < 0:
+        found = "refuted"
+    elif -delta < low and high < delta:
+        found = "no meaningful difference"
+    else:
+        found = "inconclusive"
+    return found if n_seeds >= DECISIVE_SEEDS else f"exploratory: {found}"
+
+
+def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baseline: str = "sft") -> pd.DataFrame:
+    """Columns ``budget, seed, gap, run_ids``: method minus baseline of the same seed, signed so that above zero is better.
+
+    Raises ValueError if a budget and seed has one of the two only, or more than one run of either.
+    """
+    keys = ["budget", "seed"]
+    if frame.duplicated(["method", *keys]).any():
+        raise ValueError("Contrasts need one run per method, budget and seed; some have several.")
+    sides = [frame[frame.method == m].set_index(keys).sort_index() for m in (method, baseline)]
+    unpaired = sides[0].index.symmetric_difference(sides[1].index)
+    if len(unpaired):
+        raise ValueError(f"Contrasts need {method} and {baseline} runs of the same seeds; unpaired (budget, seed): "
+                         f"{', '.join(map(str, unpaired[:5]))}.")
+    gap = (sides[0][metric.name] - sides[1][metric.name]) * (1 if metric.higher_is_better else -1)
+    out = gap.rename("gap").reset_index()
+    out["run_ids"] = [[a, b] for a, b in zip(sides[0].run_id, sides[1].run_id)]
+    return out
+
+
+def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:
+    """One row a budget: mean paired gap, interval, seeds, Holm-adjusted p over the budgets."""
+    found = {budget: paired_interval(g.gap) for budget, g in gaps.groupby("budget")}
+    table = pd.DataFrame([{"budget": b, "gap": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n}
+                          for b, i in found.items()])
+    return table.assign(p_holm=holm([i.p for i in found.values()]))
+
+
+def low_data_gap(gaps: pd.DataFrame) -> pd.Series:
+    """C1a, one number a seed: the mean gap over the two smallest budgets."""
+    smallest = sorted(gaps.budget.unique())[:2]
+    return gaps[gaps.budget.isin(smallest)].groupby("seed").gap.mean()
+
+
+def fading(gaps: pd.DataFrame) -> pd.Series:
+    """C1b, one number a seed: minus the least-squares slope of the gap on log2(budget); above zero the gap fades."""
+    return gaps.groupby("seed")[["budget", "gap"]].apply(lambda g: -np.polyfit(np.log2(g.budget), g.gap, 1)[0])
+
+
+def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
+    """Claims C1a and C1b of one world, decided by their pre-stated contrasts.
+
+    C1b's δ is the metric's δ spread over the doublings of the grid, so that a fade of δ over the whole grid is the
+    smallest that matters.
+    """
+    gaps = paired_gaps(frame, metric)
+    doublings = float(np.log2(gaps.budget.max() / gaps.budget.min()))
+    small = sorted(gaps.budget.unique())[:2]
+    unit = metric.name.replace("_", " ")
+    contrasts = [
+        ("C1a", f"mean {unit} gap, KD over SFT, at budgets {small[0]} and {small[1]}", low_data_gap(gaps), metric.delta,
+         gaps[gaps.budget.isin(small)]),
+        ("C1b", f"fall of the {unit} gap per doubling of the budget", fading(gaps), metric.delta / doublings, gaps)]
+    claims = []
+    for claim, contrast, differences, delta, used in contrasts:
+        i = paired_interval(differences)
+        claims.append({"claim": claim, "preset": frame.preset.iloc[0], "world_seeds": sorted(map(int, frame.world_seed.unique())),
+                       "contrast": contrast, "estimate": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n,
+                       "delta": delta, "verdict": verdict(i.low, i.high, delta, i.n),
+                       "run_ids": sorted(r for pair in used.run_ids for r in pair)})
+    return claims

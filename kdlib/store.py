@@ -1,0 +1,125 @@
+"""Files that survive a kill: canonical hashes, atomic writes, a results folder of our own, content-addressed artefacts."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+MARKER = "kdlib-results.json"
+FORMAT = {"format": "kdlib results", "version": 1}
+
+
+def canonical(value) -> str:
+    """JSON text of ``value`` that is the same for equal values: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value, length: int = 16) -> str:
+    """The first ``length`` hex digits of the SHA-256 of ``canonical(value)``."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def open_folder(path: str | Path) -> Path:
+    """``path`` as a results folder: made if new, accepted if it carries our marker.
+
+    Raises ValueError if it cannot be written, or holds somebody else's files.
+    """
+    path = Path(path).expanduser().resolve()
+    marker = path / MARKER
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not marker.is_file():
+            if any(p.name != ".gitignore" for p in path.iterdir()):
+                raise ValueError(f"results_dir={str(path)!r} holds files of something else (no {MARKER} in it); "
+                                 "give a new or empty folder, or one that this study made.")
+            write_atomic(marker, json.dumps(FORMAT) + "\n")
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"results_dir={str(path)!r} cannot be written ({error.strerror}); give a folder that can.") from error
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if found != FORMAT:
+        raise ValueError(f"results_dir={str(path)!r} has a {MARKER} of another version ({found!r}); allowed: {FORMAT!r}.")
+    return path
+
+
+def lock(root: Path, name: str) -> FileLock:
+    """An inter-process lock; the operating system frees it when its holder dies."""
+    folder = root / ".cache" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{name}.lock")
+
+
+def artefact_path(root: Path, kind: str, spec: dict) -> Path:
+    """Where the artefact made from ``spec`` lies, whether it exists or not."""
+    return root / ".cache" / f"{kind}-{digest(spec)}"
+
+
+def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None]) -> Path:
+    """The folder that ``build(folder)`` fills for ``spec``: made once, by one process, and checked at every use.
+
+    Raises ValueError if a file no longer has the hash in the manifest; the folder is left as it is.
+    """
+    path = artefact_path(root, kind, spec)
+    with lock(root, path.name):
+        for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        if not path.is_dir():
+            work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            try:
+                build(work)
+                files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
+                write_atomic(work / "manifest.json", json.dumps({"spec": spec, "files": files}, indent=1))
+                os.replace(work, path)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    for name, wanted in manifest(path)["files"].items():
+        if not (path / name).is_file() or file_hash(path / name) != wanted:
+            raise ValueError(f"Cached artefact {path} is damaged: {name} does not have the hash {wanted[:12]}… of its "
+                             "manifest; delete that folder and it is made again.")
+    return path
+
+
+def manifest(path: Path) -> dict:
+    """The manifest of an artefact folder. Raises ValueError if it is missing or unreadable."""
+    try:
+        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cached artefact {path} has no readable manifest.json; delete that folder and it is made again."
+                         ) from error
+
+
+def content_hash(path: Path) -> str:
+    """One hash over all files of an artefact, for provenance."""
+    return digest(manifest(path)["files"])

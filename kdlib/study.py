@@ -1,0 +1,214 @@
+"""From parameters to run records: validated plans, run specifications, and what one run does.
+
+A run is a pure function of its configuration. Data, base models and tuned teachers are artefacts that the first run to
+need them makes and all others share.
+"""
+
+import ast
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from kdlib import results, runner, store
+from kdlib.presets import METHODS, PRESETS, Preset
+
+SPEC_VERSION = 1  # raised whenever a change of the code changes what the same configuration computes
+PARAMETERS = {"preset": str, "world_seed": int, "budgets": list, "seeds": list, "alpha": float, "temperature": float,
+              "results_dir": str, "train_missing": bool, "workers": int}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated experiment: its preset, its runs, and where its results lie."""
+
+    preset: Preset
+    experiment: str
+    configs: tuple
+    root: Path
+    standard: bool
+    train_missing: bool
+    workers: int
+
+    @property
+    def ids(self) -> list[str]:
+        """The run ids, in the order of the grid."""
+        return [results.run_id(c) for c in self.configs]
+
+    @property
+    def folder(self) -> Path:
+        """Where tables, figures and claims go: the preset's folder, or one of its own for a changed design."""
+        home = self.root / self.preset.name
+        return home if self.standard else home / "variants" / store.digest(sorted(self.ids), 8)
+
+
+def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
+    """``value`` if it is of ``kind`` and ``ok``; else ValueError in one sentence with name, value and what is allowed."""
+    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not right or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; allowed: {allowed}.")
+    if not ok(value):
+        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
+    return value
+
+
+def injected_names(history: list[str]) -> list[str]:
+    """Names assigned by the cells that papermill injects, from a notebook's input history."""
+    trees = [ast.parse(cell) for cell in history if cell.startswith("# Parameters")]
+    return [t.id for tree in trees for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+
+
+def plan(experiment: str, namespace: dict) -> Plan:
+    """The plan that a notebook's parameters ask for; every parameter is checked before any work starts.
+
+    ``namespace`` is the notebook's ``globals()``; parameters it lacks take the defaults of the preset. Raises ValueError
+    in one sentence on an unknown or ill-typed parameter, a budget below 1 or above the data, fewer than two seeds, or a
+    results folder that cannot be used.
+    """
+    unknown = [n for n in injected_names(namespace.get("In", [])) if n not in PARAMETERS]
+    if unknown:
+        raise ValueError(f"Unknown parameter {unknown[0]!r} (value {namespace.get(unknown[0])!r}); "
+                         f"allowed: {', '.join(PARAMETERS)}.")
+    given = {n: namespace[n] for n in PARAMETERS if n in namespace}
+    name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
+    preset = PRESETS[name]
+    size = preset.train_rows
+
+    def whole(v, low):
+        return isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+    budgets = check("budgets", given.get("budgets") or list(preset.budgets) if given.get("budgets") != "" else "", list,
+                    f"a list of at least two different whole numbers from 1 to {size}, the rows of preset {name!r}",
+                    lambda v: all(whole(b, 1) and b <= size for b in v) and len(set(v)) == len(v) >= 2)
+    seeds = check("seeds", given.get("seeds") or list(preset.seeds) if given.get("seeds") != "" else "", list,
+                  "a list of at least two different whole numbers from 0, because an interval needs two",
+                  lambda v: all(whole(s, 0) for s in v) and len(set(v)) == len(v) >= 2)
+    world = check("world_seed", given.get("world_seed", 0), int, "a whole number from 0", lambda v: v >= 0)
+    alpha = check("alpha", given.get("alpha", METHODS["kd"]["alpha"]), float, "a number above 0 and up to 1, the teacher's weight",
+                  lambda v: 0 < v <= 1)
+    temperature = check("temperature", given.get("temperature", METHODS["kd"]["temperature"]), float, "a number above 0",
+                        lambda v: v > 0)
+    workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
+    train = check("train_missing", given.get("train_missing", True), bool, "True or False")
+    folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own")
+    methods = {"sft": METHODS["sft"], "kd": {"alpha": float(alpha), "temperature": float(temperature)}}
+    configs = grid(preset, methods, sorted(budgets), sorted(seeds), world)
+    standard = configs == grid(preset, METHODS, sorted(preset.budgets), sorted(preset.seeds), 0)
+    root = store.open_folder(folder or results.REPOSITORY / "results")
+    return Plan(preset, experiment, tuple(configs), root, standard, train, workers)
+
+
+def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: str = "test") -> list[dict]:
+    """Run configurations: budget by budget, seed by seed, both methods side by side."""
+    data = {"version": SPEC_VERSION, "source": preset.source, "train_rows": preset.train_rows, "max_length": preset.max_length, "vocab_size": preset.vocab_size,
+            "world_seed": world_seed}
+    teacher = preset.teachers["base"]
+    out = []
+    for budget in budgets:
+        for seed in seeds:
+            for method, objective in methods.items():
+                out.append({"data": data, "student": preset.student, "teacher": teacher if objective["alpha"] else None, **objective, "budget": budget, "seed": seed, "steps": preset.steps, "batch_size": preset.batch_size,
+                            "length_window": preset.length_window, "learning_rate": preset.learning_rate[method], "split": split,
+                            "max_new_tokens": preset.max_new_tokens})
+    return out
+
+
+def run(plan: Plan) -> list[dict]:
+    """The records of ``plan``, in grid order; what is missing is computed first, in parallel worker processes.
+
+    Raises ValueError if runs are missing and ``train_missing`` is False, or if the records were made from different data.
+    """
+    have = {r["run_id"] for r in results.read_records(plan.root, plan.preset.name, plan.ids)}
+    missing = [c for c in plan.configs if results.run_id(c) not in have]
+    print(f"{len(have)} of {len(plan.ids)} runs found in {plan.preset.name}/runs; {len(missing)} to train.")
+    if missing and not plan.train_missing:
+        raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs are missing, the first of them "
+                         f"{results.run_id(missing[0])}; allowed: True, or a folder that holds them.")
+    if missing:
+        runner.compute(tasks(missing, plan), plan.workers)
+    records = results.read_records(plan.root, plan.preset.name, plan.ids)
+    if len(records) != len(plan.ids):
+        raise RuntimeError(f"{len(plan.ids) - len(records)} of {len(plan.ids)} runs are still missing; run again to go on.")
+    if len({r["provenance"]["data_hash"] for r in records}) > 1:
+        raise ValueError(f"The records in {plan.root / plan.preset.name / 'runs'} were made from different data; use one results "
+                         "folder for one copy of the data.")
+    return records
+
+
+def tasks(configs: list[dict], plan: Plan) -> list[runner.Task]:
+    """Artefacts and runs as tasks with what each waits for, and a cost in parameter-tokens for the progress estimate."""
+    from kdlib import stages
+
+    out: dict[str, runner.Task] = {}
+    for config in configs:
+        needs = []
+        for kind, spec in stages.needed(config):
+            key = f"{kind}-{store.digest(spec)}"
+            out.setdefault(key, runner.Task(key, stages.make, (str(plan.root), kind, spec), tuple(needs), stages.cost(kind, spec)))
+            if kind != "data":
+                needs = [n for n in needs if not n.startswith("data")]
+            needs.append(key)
+        key = results.run_id(config)
+        out[key] = runner.Task(key, execute, (str(plan.root), plan.preset.name, plan.experiment, config), tuple(needs),
+                               stages.cost("run", config))
+    return list(out.values())
+
+
+@lru_cache(maxsize=2)
+def _loaded(root: str, data: str):
+    """Data shared by the runs of one worker process."""
+    from kdlib import stages
+
+    return stages.read_data(Path(root), json.loads(data))
+
+
+def execute(root: str, preset: str, experiment: str, config: dict) -> str:
+    """Do one run, or nothing if its record is there, and return its id. Safe beside other processes doing the same."""
+    identifier, home = results.run_id(config), Path(root)
+    with store.lock(home, identifier):
+        if not results.record_path(home, preset, identifier).exists():
+            record = _train_and_evaluate(home, config)
+            results.write_record(home, {"run_id": identifier, "experiment": experiment, "preset": preset, **record})
+    return identifier
+
+
+def _train_and_evaluate(root: Path, config: dict) -> dict:
+    import torch
+
+    from kdlib import data, evaluate, models, stages, trainer
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    bundle = _loaded(str(root), json.dumps(config["data"]))
+    base, tuned = stages.model_specs(config)
+    student, tokenizer = models.load(stages.make(str(root), "base", base), models.device())
+    teacher = models.load(stages.make(str(root), "teacher", tuned), models.device())[0] if tuned else None
+    pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
+    order = data.stream(pool, config["steps"], config["batch_size"], config["seed"], bundle.lengths, config["length_window"])
+    rows = [bundle.train[i] for i in order]
+    scratch = tempfile.mkdtemp()
+    try:
+        log = trainer.train(student, rows, pad_token_id=tokenizer.pad_token_id, steps=config["steps"], batch_size=config["batch_size"],
+                            learning_rate=config["learning_rate"], seed=config["seed"], output_dir=scratch, teacher=teacher,
+                            alpha=config["alpha"], temperature=config["temperature"])
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    trained = time.perf_counter()
+    held = bundle.held[config["split"]]
+    metrics, items = evaluate.evaluate(student, tokenizer, held, verify=bundle.verify, max_new_tokens=config["max_new_tokens"],
+                                       clean=bundle.clean.get(config["split"]), teacher=teacher)
+    metrics["train_loss"] = log["train_loss"]
+    hashes = {"data_hash": store.content_hash(stages.path(root, "data", config["data"])),
+              "student_hash": store.content_hash(stages.path(root, "base", base)),
+              "teacher_hash": store.content_hash(stages.path(root, "teacher", tuned)) if tuned else None}
+    provenance = {**results.environment(), **hashes, "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
+                  "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
+                  "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
+                  "tokens": sum(len(r["input_ids"]) for r in rows),
+                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]),
+                  "data_report": bundle.report}
+    return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None, "student": config["student"]["model"],
+            "budget": config["budget"], "seed": config["seed"], "world_seed": config["data"]["world_seed"], "metrics": metrics,
+            "items": items, "config": config, "provenance": provenance}
