@@ -44,6 +44,17 @@ def encode(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     return out["input_ids"], [t if m else IGNORE for t, m in zip(out["input_ids"], mask)]
 
 
+def marked_text(ids: list[int], labels: list[int], tokenizer) -> str:
+    """A row as text with every stretch that is in the loss between ⟦ and ⟧."""
+    parts, start = [], 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or (labels[i] == IGNORE) != (labels[start] == IGNORE):
+            text = tokenizer.decode(ids[start:i])
+            parts.append(text if labels[start] == IGNORE else f"⟦{text}⟧")
+            start = i
+    return " ".join(parts)
+
+
 def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]] | None:
     """Fit a row into ``max_length`` tokens by cutting the middle of its longest prompt stretch; None if that is not enough.
 

@@ -90,10 +90,11 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     """``(metrics, items)`` of a model on rendered held-out rows.
 
     With ``verify`` accuracy comes by suite and skill; ``clean`` are the same rows rendered with faultless answers. Items
-    keep, per row and in row order, ``correct`` (0 or 1, with ``verify``) and ``nll`` (nats per answer, 4 decimals).
+    keep, per row and in row order, ``id``, ``suite``, ``bytes`` and ``nll`` of the answer (nats, 4 decimals) and, with
+    ``verify``, ``correct`` (0 or 1).
     """
     metrics: dict = {"accuracy": None, "accuracy_unseen": None}
-    items: dict = {"id": list(rows["id"])}
+    items: dict = {"id": list(rows["id"]), "suite": list(rows["suite"])}
     if verify:
         items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
@@ -104,11 +105,13 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     nll = torch.zeros(len(rows)).index_add_(0, scores["row"].long(), scores["nll"]).tolist()
     items["nll"] = [round(v, 4) for v in nll]
     answers = ["".join(m["content"] for m in ms if m["role"] == "assistant") for ms in rows["messages"]]
+    items["bytes"] = [len(a.encode()) for a in answers]
     by_skill = {}
     for skill in sorted(set(rows["skill"])):
         own = [i for i, s in enumerate(rows["skill"]) if s == skill]
         by_skill[skill] = bits_per_byte([nll[i] for i in own], [answers[i] for i in own])
-    metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
+    metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers),
+                "bits_per_byte_by_skill": by_skill,
                 "top1": float(scores["correct"].mean()), "ece": calibration_error(scores["confidence"], scores["correct"])}
     if clean is not None:
         metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())

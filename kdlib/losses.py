@@ -18,8 +18,7 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
                          "differ in shape; both must be (rows, vocabulary) over the same vocabulary.")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature!r} must be above 0.")
+    check_temperature(temperature)
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(teacher_logits.to(wide) / temperature, dim=-1)
     log_q = F.log_softmax(student_logits.to(wide) / temperature, dim=-1)
@@ -51,3 +50,9 @@ def check_alpha(alpha: float) -> None:
     """Raise ValueError unless ``alpha``, the weight of the teacher, lies in [0, 1]."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r} must lie between 0 (supervised fine-tuning) and 1 (the teacher alone).")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless ``temperature`` is above 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r} must be above 0.")

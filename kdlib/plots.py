@@ -70,7 +70,7 @@ def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
     ax.annotate("KD better", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", color="0.3")
     ax.annotate("SFT better", (0.99, 0.03), xycoords="axes fraction", ha="right", va="bottom", color="0.3")
     _budget_axis(ax, table.budget)
-    ax.set_ylabel(f"paired gap in {metric.label.split(' (')[0]}\n({'KD − SFT' if metric.higher_is_better else 'SFT − KD'})")
+    ax.set_ylabel(metric.gap_label)
     ax.set_title(f"Paired gap by data budget: mean, 95% interval, {table.n_seeds.min()} seeds; grey: ±{metric.delta:g}",
                  fontsize=10, loc="left")
     return fig, gaps[["budget", "seed", "gap"]].merge(table.rename(columns={"gap": "mean_gap"}), on="budget")
@@ -99,7 +99,7 @@ def skill_gaps(records: list[dict], metric: Metric):
                     capsize=2, linestyle="none", label=part, **look)
     ax.set_yticks(range(len(order)), [s.replace("_", " ") for s in order])
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-    ax.set_xlabel(f"paired gap in {metric.label.split(' (')[0]} ({'KD − SFT' if metric.higher_is_better else 'SFT − KD'}), 95% interval")
+    ax.set_xlabel(f"{metric.gap_label}, 95% interval")
     return fig, table
 
 

@@ -15,7 +15,7 @@ class Metric(NamedTuple):
     @property
     def gap_label(self) -> str:
         """Axis text of a gap whose sign is such that above zero KD is better."""
-        return f"{self.label}, KD − SFT" if self.higher_is_better else f"{self.label}, SFT − KD"
+        return f"gap in {self.label.split(' (')[0]} ({'KD − SFT' if self.higher_is_better else 'SFT − KD'})"
 
 
 METRICS = {
@@ -33,10 +33,11 @@ METHODS = {  # alpha is the weight of the teacher in the loss; everything else i
 class Preset:
     """One size of the study.
 
-    ``source`` says what data (``kind`` names a loader of :mod:`kdlib.stages`; its first ``train_rows`` rows are used), ``student`` and ``teachers`` which models
-    and how they are pre-trained (a teacher is then tuned on all of the training data), ``steps`` × ``batch_size`` what
-    every run trains, ``learning_rate`` what the sweep chose for each method. ``sweep`` is that sweep: its own worlds and
-    seeds, scored on validation rows. Batches are formed from rows of like length within ``length_window`` batches.
+    ``source`` says what data (``kind`` names a loader of :mod:`kdlib.stages`; its first ``train_rows`` rows are used),
+    ``student`` and ``teachers`` which models and how they are pre-trained (a teacher is then tuned on all of the training
+    data), ``steps`` × ``batch_size`` what every run trains, ``learning_rate`` what the sweep chose for each method.
+    ``sweep`` is that sweep: its own worlds and seeds, scored on validation rows. Batches are formed from rows of like
+    length within ``length_window`` batches.
     """
 
     name: str
@@ -70,12 +71,13 @@ def _pretrain(model: str, steps: int, learning_rate: float = 3e-3, batch_size: i
 
 SMOKE = Preset(
     name="smoke", about="a tiny grid of the lab world for tests",
-    source={"kind": "lab", "pretrain_lines": 20000, "pool_rows": 800, "test_rows": 60, "unseen_rows": 30},
-    train_rows=800, max_length=64, vocab_size=0, max_new_tokens=10,
-    student=_pretrain("nano", 150, batch_size=24),
-    teachers={"base": {**_pretrain("micro", 200, batch_size=24), "tuning": {"steps": 100, "learning_rate": 2e-3, "batch_size": 32}}},
-    steps=40, batch_size=16, length_window=1, learning_rate={"sft": 2e-3, "kd": 2e-3}, budgets=(100, 400), seeds=(0, 1),
-    metric="accuracy", sweep={"world_seed": 900, "seeds": [100], "budgets": [100, 400], "learning_rates": [1e-3, 2e-3]})
+    source={"kind": "lab", "pretrain_lines": 20000, "pool_rows": 1600, "test_rows": 200, "unseen_rows": 60},
+    train_rows=1600, max_length=64, vocab_size=0, max_new_tokens=10,
+    student=_pretrain("nano", 500, batch_size=24),
+    teachers={"base": {**_pretrain("micro", 500, batch_size=24),
+                       "tuning": {"steps": 200, "learning_rate": 2e-3, "batch_size": 32}}},
+    steps=100, batch_size=16, length_window=1, learning_rate={"sft": 2e-3, "kd": 2e-3}, budgets=(100, 1600), seeds=(0, 1),
+    metric="accuracy", sweep={"world_seed": 900, "seeds": [100], "budgets": [100, 1600], "learning_rates": [1e-3, 2e-3]})
 
 LAB = Preset(
     name="lab", about="the lab world on a laptop's processor",
@@ -83,7 +85,7 @@ LAB = Preset(
     train_rows=12800, max_length=64, vocab_size=0, max_new_tokens=12,
     student=_pretrain("student", 1000),
     teachers={"base": {**_pretrain("teacher", 1600), "tuning": {"steps": 800, "learning_rate": 1e-3, "batch_size": 32}}},
-    steps=400, batch_size=32, length_window=1, learning_rate={"sft": 2e-3, "kd": 2e-3},
+    steps=400, batch_size=32, length_window=1, learning_rate={"sft": 2e-3, "kd": 1e-3},
     budgets=(200, 400, 800, 1600, 3200, 6400, 12800), seeds=(0, 1, 2, 3, 4),
     metric="accuracy", sweep={"world_seed": 900, "seeds": [100, 101], "budgets": [200, 1600, 12800],
                               "learning_rates": [5e-4, 1e-3, 2e-3, 4e-3]})
@@ -103,6 +105,7 @@ REALTEXT = Preset(
                        "tuning": {"steps": 500, "learning_rate": 1e-3, "batch_size": 16, "length_window": 8}}},
     steps=200, batch_size=16, length_window=8, learning_rate={"sft": 1e-3, "kd": 1e-3},
     budgets=(100, 300, 1000, 3200), seeds=(0, 1, 2),
-    metric="bits_per_byte", sweep={"world_seed": 0, "seeds": [100], "budgets": [100, 1000], "learning_rates": [5e-4, 1e-3, 2e-3]})
+    metric="bits_per_byte", sweep={"world_seed": 0, "seeds": [100], "budgets": [100, 1000],
+                                     "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]})
 
 PRESETS = {p.name: p for p in (SMOKE, LAB, REALTEXT)}

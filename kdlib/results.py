@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -83,10 +84,18 @@ def skill_frame(records: list[dict], metric: str = "accuracy") -> pd.DataFrame:
 
 
 def item_frame(records: list[dict], metric: str) -> pd.DataFrame:
-    """One row a run and test item: ``correct`` for accuracy, ``nll`` (nats) for bits per byte."""
-    column = "correct" if metric == "accuracy" else "nll"
-    return pd.concat([pd.DataFrame({"method": r["method"], "budget": r["budget"], "seed": r["seed"],
-                                    "item": r["items"]["id"], column: r["items"][column]}) for r in records], ignore_index=True)
+    """One row a run and test item of the seen suite: ``score`` (0 or 1, or the answer's bits) and ``weight`` (1, or bytes)."""
+    parts = []
+    for r in records:
+        items = r["items"]
+        if metric == "accuracy":
+            score, weight = items["correct"], 1
+        else:
+            score, weight = [v / math.log(2) for v in items["nll"]], items["bytes"]
+        keys = {k: r[k] for k in ("method", "budget", "seed")}
+        parts.append(pd.DataFrame({**keys, "item": items["id"], "suite": items["suite"], "score": score, "weight": weight}))
+    every = pd.concat(parts, ignore_index=True)
+    return every[every.suite == "seen"].drop(columns="suite")
 
 
 @lru_cache(maxsize=1)
@@ -114,6 +123,17 @@ def claims_table(folders: list[Path]) -> pd.DataFrame:
         "preset": c["preset"], "claim": c["claim"], "contrast": c["contrast"],
         "estimate": f"{c['estimate']:+.4f}", "95% interval": f"[{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]",
         "seeds": str(c["n_seeds"]), "world": ", ".join(map(str, c["world_seeds"])), "verdict": c["verdict"]} for c in claims])
+
+
+def write_claims(claims: list[dict], folder: Path) -> None:
+    """Put ``claims`` into a folder's ``claims.json``, in place of earlier ones on the same claim and worlds."""
+    with store.lock(folder.parent, f"claims-{folder.name}"):
+        path = folder / "claims.json"
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        new = {(c["claim"], tuple(c["world_seeds"])) for c in claims}
+        kept = [c for c in kept if (c["claim"], tuple(c["world_seeds"])) not in new]
+        ordered = sorted(kept + claims, key=lambda c: (c["claim"], c["world_seeds"]))
+        store.write_atomic(path, json.dumps(ordered, indent=1) + "\n")
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -42,7 +42,7 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
             for task in ready:
                 waiting.remove(task)
                 running[pool.submit(task.function, *task.arguments)] = task
-            finished, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+            finished, _ = wait(running, timeout=20, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = running.pop(future)
                 try:
@@ -50,7 +50,7 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
                     done.add(task.key)
                 except Exception as error:
                     failure = failure or error
-            _show(bar, tasks, done, started)
+            _show(bar, tasks, done, running.values(), started)
     if isinstance(failure, BrokenProcessPool):
         raise RuntimeError("A worker process died (killed, or out of memory); finished runs are kept, so run again to go on."
                            ) from failure
@@ -58,8 +58,9 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
         raise failure
 
 
-def _show(bar: tqdm, tasks: list[Task], done: set, started: float) -> None:
-    total, part = sum(t.cost for t in tasks), sum(t.cost for t in tasks if t.key in done)
+def _show(bar: tqdm, tasks: list[Task], done: set, running, started: float) -> None:
+    # On average a running task is half done.
+    total, part = sum(t.cost for t in tasks), sum(t.cost for t in tasks if t.key in done) + sum(t.cost for t in running) / 2
     bar.n = part / total if total else 1.0
     bar.set_description_str(f"{len(done)} of {len(tasks)} tasks, {bar.n:4.0%}", refresh=False)
     if 0 < bar.n < 1:
@@ -79,7 +80,7 @@ class _Stdout:
 
 
 def _start_worker() -> None:
-    """One thread, no progress bars, and an end of its own when the parent is killed."""
+    """One thread, no advice on standard error, and an end of its own when the parent is killed."""
     parent = multiprocessing.parent_process()
 
     def follow():
@@ -89,10 +90,7 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
-    import transformers
-    from datasets import disable_progress_bars
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
-    disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()

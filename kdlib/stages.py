@@ -7,9 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_from_disk
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from kdlib import data, lab, models, store, text, trainer
+
+disable_progress_bars()  # writing an artefact is a matter of milliseconds, and notebooks store what is printed
+logging.disable_progress_bar()
 
 SOURCES = {"lab": lab, "text": text}
 
@@ -78,7 +83,8 @@ def _corpus(spec: dict) -> data.Corpus:
 
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
     corpus = _corpus(spec)
-    tokenizer = models.build_tokenizer(corpus.vocabulary, corpus.pretrain() if corpus.vocabulary is None else (), spec["vocab_size"])
+    texts = corpus.pretrain() if corpus.vocabulary is None else ()
+    tokenizer = models.build_tokenizer(corpus.vocabulary, texts, spec["vocab_size"])
     tokenizer.save_pretrained(folder / "tokenizer")
     report = {"loading": corpus.report}
     for split in ("train", "validation", "test"):
@@ -91,7 +97,8 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
         rendered.save_to_disk(folder / split)
         if "clean" in rows.column_names and split != "train":
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
-            data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"])[0].save_to_disk(folder / f"{split}-clean")
+            clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"])
+            clean.save_to_disk(folder / f"{split}-clean")
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
@@ -108,14 +115,14 @@ def read_data(root: Path, spec: dict) -> Bundle:
                   report=json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
-def tokenizer_of(root: Path, spec: dict):
-    """The tokenizer of ``spec``'s data."""
-    return models.load_tokenizer(Path(make(str(root), "data", spec)) / "tokenizer")
+def data_and_tokenizer(root: Path, spec: dict) -> tuple[Bundle, PreTrainedTokenizerFast]:
+    """The data of ``spec`` with its tokenizer, made if missing."""
+    return read_data(root, spec), models.load_tokenizer(path(root, "data", spec) / "tokenizer")
 
 
 def _build_base(root: Path, spec: dict, folder: Path) -> None:
     p = spec["pretrain"]
-    tokenizer = tokenizer_of(root, spec["data"])
+    tokenizer = models.load_tokenizer(Path(make(str(root), "data", spec["data"])) / "tokenizer")
     blocks = data.pack(_corpus(spec["data"]).pretrain(), tokenizer, p["block"], p["max_tokens"]).to_list()
     model = models.build_model(p["model"], tokenizer, p["seed"])
     _train(model, blocks, tokenizer, p, folder)

@@ -30,7 +30,7 @@ def paired_interval(differences, level: float = 0.95) -> Interval:
     if len(d) < 2:
         raise ValueError(f"An interval needs at least two seeds; {len(d)} given.")
     if np.ptp(d) == 0:
-        return Interval(d[0], d[0], d[0], len(d), float(d[0] == 0))
+        return Interval(*[float(d[0])] * 3, len(d), float(d[0] == 0))
     test = scipy_stats.ttest_1samp(d, 0.0)
     low, high = test.confidence_interval(level)
     return Interval(float(d.mean()), float(low), float(high), len(d), float(test.pvalue))
@@ -76,6 +76,18 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baselin
     out = gap.rename("gap").reset_index()
     out["run_ids"] = [[a, b] for a, b in zip(sides[0].run_id, sides[1].run_id)]
     return out
+
+
+def item_interval(items: pd.DataFrame, metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
+    """The gap of one budget with test items as the unit, each item's difference averaged over seeds first.
+
+    It says how far other test items could move the gap, not how far other training runs could. Bits per byte is a ratio of
+    sums, so its items are weighted by their bytes.
+    """
+    means = items.groupby(["method", "item"])["score"].mean().unstack(0)
+    difference = (means[method] - means[baseline]) * (1 if metric.higher_is_better else -1)
+    weight = items.groupby("item")["weight"].first()
+    return paired_interval(difference / weight.loc[difference.index].mean())
 
 
 def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:

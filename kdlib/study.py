@@ -17,8 +17,7 @@ from kdlib import results, runner, store
 from kdlib.presets import METHODS, PRESETS, Preset
 
 SPEC_VERSION = 1  # raised whenever a change of the code changes what the same configuration computes
-PARAMETERS = {"preset": str, "world_seed": int, "budgets": list, "seeds": list, "alpha": float, "temperature": float,
-              "results_dir": str, "train_missing": bool, "workers": int}
+PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "temperature", "results_dir", "train_missing", "workers")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,16 @@ class Plan:
         return [results.run_id(c) for c in self.configs]
 
     @property
+    def budgets(self) -> list[int]:
+        """The budgets, smallest first."""
+        return sorted({c["budget"] for c in self.configs})
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds."""
+        return sorted({c["seed"] for c in self.configs})
+
+    @property
     def folder(self) -> Path:
         """Where tables, figures and claims go: the preset's folder, or one of its own for a changed design."""
         home = self.root / self.preset.name
@@ -55,10 +64,16 @@ def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
     return value
 
 
-def injected_names(history: list[str]) -> list[str]:
-    """Names assigned by the cells that papermill injects, from a notebook's input history."""
-    trees = [ast.parse(cell) for cell in history if cell.startswith("# Parameters")]
-    return [t.id for tree in trees for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+def check_names(namespace: dict, allowed) -> None:
+    """Raise ValueError if a cell that papermill injected into the notebook with these ``globals()`` sets another name.
+
+    papermill itself only warns of a parameter that the notebook does not have.
+    """
+    for cell in namespace.get("In", []):
+        if cell.startswith("# Parameters"):
+            for node in ast.parse(cell).body:
+                for name in [t.id for t in getattr(node, "targets", []) if t.id not in allowed]:
+                    raise ValueError(f"Unknown parameter {name!r} (value {namespace.get(name)!r}); allowed: {', '.join(allowed)}.")
 
 
 def plan(experiment: str, namespace: dict) -> Plan:
@@ -68,24 +83,22 @@ def plan(experiment: str, namespace: dict) -> Plan:
     in one sentence on an unknown or ill-typed parameter, a budget below 1 or above the data, fewer than two seeds, or a
     results folder that cannot be used.
     """
-    unknown = [n for n in injected_names(namespace.get("In", [])) if n not in PARAMETERS]
-    if unknown:
-        raise ValueError(f"Unknown parameter {unknown[0]!r} (value {namespace.get(unknown[0])!r}); "
-                         f"allowed: {', '.join(PARAMETERS)}.")
+    check_names(namespace, PARAMETERS)
     given = {n: namespace[n] for n in PARAMETERS if n in namespace}
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
     preset = PRESETS[name]
     size = preset.train_rows
 
-    def whole(v, low):
-        return isinstance(v, int) and not isinstance(v, bool) and v >= low
 
-    budgets = check("budgets", given.get("budgets") or list(preset.budgets) if given.get("budgets") != "" else "", list,
-                    f"a list of at least two different whole numbers from 1 to {size}, the rows of preset {name!r}",
-                    lambda v: all(whole(b, 1) and b <= size for b in v) and len(set(v)) == len(v) >= 2)
-    seeds = check("seeds", given.get("seeds") or list(preset.seeds) if given.get("seeds") != "" else "", list,
-                  "a list of at least two different whole numbers from 0, because an interval needs two",
-                  lambda v: all(whole(s, 0) for s in v) and len(set(v)) == len(v) >= 2)
+    def numbers(name, low, high, preset_value, allowed):
+        value = check(name, given.get(name, []), list, allowed)
+        fine = all(type(v) is int and low <= v <= high for v in value) and (not value or len(set(value)) == len(value) >= 2)
+        return check(name, value, list, allowed, lambda _: fine) or list(preset_value)
+
+    budgets = numbers("budgets", 1, size, preset.budgets,
+                      f"a list of at least two different whole numbers from 1 to {size}, the rows of preset {name!r}")
+    seeds = numbers("seeds", 0, 2**31, preset.seeds,
+                    "a list of at least two different whole numbers from 0, because an interval needs two")
     world = check("world_seed", given.get("world_seed", 0), int, "a whole number from 0", lambda v: v >= 0)
     alpha = check("alpha", given.get("alpha", METHODS["kd"]["alpha"]), float, "a number above 0 and up to 1, the teacher's weight",
                   lambda v: 0 < v <= 1)
@@ -103,16 +116,18 @@ def plan(experiment: str, namespace: dict) -> Plan:
 
 def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: str = "test") -> list[dict]:
     """Run configurations: budget by budget, seed by seed, both methods side by side."""
-    data = {"version": SPEC_VERSION, "source": preset.source, "train_rows": preset.train_rows, "max_length": preset.max_length, "vocab_size": preset.vocab_size,
-            "world_seed": world_seed}
+    data = {"version": SPEC_VERSION, "source": preset.source, "train_rows": preset.train_rows, "max_length": preset.max_length,
+            "vocab_size": preset.vocab_size, "world_seed": world_seed}
     teacher = preset.teachers["base"]
     out = []
     for budget in budgets:
         for seed in seeds:
             for method, objective in methods.items():
-                out.append({"data": data, "student": preset.student, "teacher": teacher if objective["alpha"] else None, **objective, "budget": budget, "seed": seed, "steps": preset.steps, "batch_size": preset.batch_size,
-                            "length_window": preset.length_window, "learning_rate": preset.learning_rate[method], "split": split,
-                            "max_new_tokens": preset.max_new_tokens})
+                out.append({
+                    "data": data, "student": preset.student, "teacher": teacher if objective["alpha"] else None, **objective,
+                    "budget": budget, "seed": seed, "steps": preset.steps, "batch_size": preset.batch_size,
+                    "length_window": preset.length_window, "learning_rate": preset.learning_rate[method], "split": split,
+                    "max_new_tokens": preset.max_new_tokens})
     return out
 
 
@@ -190,9 +205,8 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     rows = [bundle.train[i] for i in order]
     scratch = tempfile.mkdtemp()
     try:
-        log = trainer.train(student, rows, pad_token_id=tokenizer.pad_token_id, steps=config["steps"], batch_size=config["batch_size"],
-                            learning_rate=config["learning_rate"], seed=config["seed"], output_dir=scratch, teacher=teacher,
-                            alpha=config["alpha"], temperature=config["temperature"])
+        how = {k: config[k] for k in ("steps", "batch_size", "learning_rate", "seed", "alpha", "temperature")}
+        log = trainer.train(student, rows, pad_token_id=tokenizer.pad_token_id, output_dir=scratch, teacher=teacher, **how)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     trained = time.perf_counter()
@@ -203,12 +217,14 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     hashes = {"data_hash": store.content_hash(stages.path(root, "data", config["data"])),
               "student_hash": store.content_hash(stages.path(root, "base", base)),
               "teacher_hash": store.content_hash(stages.path(root, "teacher", tuned)) if tuned else None}
-    provenance = {**results.environment(), **hashes, "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
+    provenance = {**results.environment(), **hashes, "device": str(student.device),
+                  "dtype": str(student.dtype).removeprefix("torch."),
                   "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
                   "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
                   "tokens": sum(len(r["input_ids"]) for r in rows),
                   "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]),
                   "data_report": bundle.report}
-    return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None, "student": config["student"]["model"],
-            "budget": config["budget"], "seed": config["seed"], "world_seed": config["data"]["world_seed"], "metrics": metrics,
-            "items": items, "config": config, "provenance": provenance}
+    return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
+            "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
+            "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config,
+            "provenance": provenance}

@@ -4,10 +4,10 @@ import contextlib
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from kdlib.data import IGNORE, Collator
-from kdlib.losses import check_alpha, distillation_loss
+from kdlib.losses import check_alpha, check_temperature, distillation_loss
 
 
 @contextlib.contextmanager
@@ -52,8 +52,7 @@ class DistillationTrainer(Trainer):
         check_alpha(alpha)
         if alpha > 0 and teacher is None:
             raise ValueError(f"alpha={alpha} asks for distillation, but teacher is None; give a teacher or alpha=0.")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature!r} must be above 0.")
+        check_temperature(temperature)
         super().__init__(*args, **kwargs)
         if alpha > 0:
             widths = [m.get_output_embeddings().weight.shape[0] for m in (self.model, teacher)]
@@ -94,8 +93,6 @@ def train(model, rows: list[dict], *, pad_token_id: int, steps: int, batch_size:
         logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=torch.accelerator.is_available(), **arguments)
     trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_token_id),
                                   teacher=teacher, alpha=alpha, temperature=temperature)
-    from transformers import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     metrics = trainer.train().metrics
     model.eval()
