@@ -1,0 +1,123 @@
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from kdlib import data, models
+
+IGNORE = data.IGNORE
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return models.build_tokenizer(None, ["the cat sat on the mat and the dog ran to the door"] * 20, 300)
+
+
+def talk(*turns):
+    return [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 4, turns)]
+
+
+def test_only_the_assistants_words_and_end_token_are_labels(tokenizer):
+    ids, labels = data.encode(talk("what is 2 + 3 ?", "it is 5 .", "sort c a .", "a c"), tokenizer)
+    expected = "<|user|> what is 2 + 3 ? <|end|> <|assistant|> ⟦it is 5 . <|end|>⟧ " \
+               "<|user|> sort c a . <|end|> <|assistant|> ⟦a c <|end|>⟧"
+    assert data.marked_text(ids, labels, tokenizer) == expected
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels))
+
+
+def test_system_turns_are_rendered_and_not_learned(bpe):
+    ids, labels = data.encode([{"role": "system", "content": "be kind"}, *talk("cat", "dog")], bpe)
+    assert "".join(bpe.decode([t]) for t, label in zip(ids, labels) if label != IGNORE) == "dog<|end|>"
+
+
+def test_a_template_without_a_generation_mark_is_refused(tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer,
+                                   chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(ValueError, match="generation"):
+        data.encode(talk("a", "b"), bare)
+
+
+def test_a_conversation_without_an_answer_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="assistant turn"):
+        data.encode(talk("a"), tokenizer)
+
+
+def test_shortening_cuts_the_middle_of_the_prompt_and_never_the_answer():
+    rng = random.Random(0)
+    for _ in range(300):
+        stretches = [(rng.random() < 0.5, rng.randint(1, 40)) for _ in range(rng.randint(1, 5))]
+        labels = [i if answer else IGNORE for i, (answer, n) in enumerate(stretches) for _ in range(n)]
+        ids = list(range(len(labels)))
+        limit = rng.randint(5, 120)
+        cut = data.shorten_prompt(ids, labels, limit)
+        if len(ids) <= limit:
+            assert cut == (ids, labels)
+        elif cut is not None:
+            assert len(cut[0]) == limit
+            assert [t for t, label in zip(*cut) if label != IGNORE] == [t for t, label in zip(ids, labels) if label != IGNORE]
+            gone = sorted(set(ids) - set(cut[0]))
+            assert gone == list(range(gone[0], gone[-1] + 1)), "one stretch goes"
+            assert gone[0] > 0 and cut[0][0] == 0, "the head stays"
+
+
+def test_render_counts_what_it_did(bpe):
+    answers = ["ran", "dog " * 60, "the door"]
+    rows = Dataset.from_dict({"id": list("abc"), "messages": [talk("cat " * 80, answers[0]), talk("cat", answers[1]),
+                                                              talk("mat", answers[2])]})
+    rendered, report = data.render(rows, bpe, 40)
+    assert list(rendered["id"]) == ["a", "c"]
+    full = len(data.encode(rows[0]["messages"], bpe)[0])
+    assert report["rows"] == 3 and report["rows_dropped"] == 1 and report["prompts_shortened"] == 1
+    assert report["prompt_tokens_cut"] == full - 40 and report["answer_tokens_cut"] == 0
+    assert report["response_tokens"] == sum(t != IGNORE for labels in rendered["labels"] for t in labels)
+    for i, wanted in enumerate(("ran", "the door")):
+        spoken = [t for t in rendered[i]["labels"] if t != IGNORE]
+        assert bpe.decode(spoken) == wanted + "<|end|>"
+
+
+def test_pack_keeps_every_token_in_order(bpe):
+    texts = ["the cat", "sat", "on the mat"] * 20
+    blocks = data.pack(texts, bpe, 8)
+    flat = [t for text in texts for t in [*bpe(text)["input_ids"], bpe.eos_token_id]]
+    assert [t for b in blocks["input_ids"] for t in b] == flat[:len(flat) // 8 * 8]
+    assert blocks["labels"] == blocks["input_ids"]
+
+
+def test_budgets_are_nested_and_spread_over_skills():
+    skills = [f"skill{i % 4}" for i in range(400)]
+    order = data.nested_order(skills, seed=3)
+    assert sorted(order) == list(range(400))
+    for budget in (20, 100, 200):
+        counts = {s: sum(skills[i] == s for i in order[:budget]) for s in set(skills)}
+        assert all(abs(n - budget / 4) <= 2 for n in counts.values()), counts
+    assert order == data.nested_order(skills, 3) != data.nested_order(skills, 4)
+
+
+def test_stream_passes_over_all_rows_before_it_repeats_one():
+    order = data.stream([4, 8, 15, 16, 23], steps=5, batch_size=3, seed=0)
+    assert len(order) == 15 and all(sorted(order[i:i + 5]) == [4, 8, 15, 16, 23] for i in (0, 5, 10))
+    assert order != data.stream([4, 8, 15, 16, 23], 5, 3, seed=1)
+
+
+def test_length_windows_reorder_and_lose_nothing():
+    lengths = [random.Random(i).randint(1, 99) for i in range(64)]
+    plain = data.stream(list(range(64)), 16, 4, seed=0)
+    windowed = data.stream(list(range(64)), 16, 4, 0, lengths, window=8)
+    for start in (0, 32):
+        assert sorted(plain[start:start + 32]) == sorted(windowed[start:start + 32])
+
+    def padding(order):
+        batches = [[lengths[i] for i in order[s:s + 4]] for s in range(0, 64, 4)]
+        return sum(4 * max(b) - sum(b) for b in batches)
+
+    assert padding(windowed) < padding(plain) / 2
+
+
+def test_collator_pads_on_the_right_and_masks_the_padding():
+    batch = data.Collator(9)([{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [4, IGNORE, IGNORE]]
+    assert batch["labels"].dtype == torch.long
