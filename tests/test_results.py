@@ -1,0 +1,106 @@
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from kdlib import results
+
+
+@pytest.fixture
+def record():
+    config = {"method": "x", "learning_rate": 0.001, "budget": 20}
+    return {"run_id": results.run_id(config), "experiment": "data_budget", "preset": "lab", "method": "kd", "teacher": "base",
+            "student": "nano", "budget": 20, "seed": 1, "world_seed": 0,
+            "metrics": {"accuracy": 0.25, "accuracy_unseen": 0.5, "accuracy_by_skill": {"add": 0.5, "sort": 0.0}},
+            "items": {"id": ["a", "b", "c"], "suite": ["seen", "seen", "unseen"], "correct": [1, 0, 1], "nll": [1.0, 2.0, 3.0],
+                      "bytes": [3, 5, 7]},
+            "config": config, "provenance": {"data_hash": "d"}}
+
+
+def test_a_record_reads_back_as_written(tmp_path, record):
+    results.write_record(tmp_path, record)
+    path = results.record_path(tmp_path, "lab", record["run_id"])
+    read = results.read_record(path)
+    assert {k: v for k, v in read.items() if k != "checksum"} == record
+    assert results.read_records(tmp_path, "lab", ["absent", record["run_id"]]) == [read]
+
+
+def test_a_record_is_never_written_over(tmp_path, record):
+    results.write_record(tmp_path, record)
+    path = results.record_path(tmp_path, "lab", record["run_id"])
+    before = path.read_bytes()
+    results.write_record(tmp_path, {**record, "seed": 7})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda text: text[:len(text) // 2], r"is not whole JSON \(truncated\?\)"),
+    (lambda text: "", "is not whole JSON"),
+    (lambda text: text.replace("0.25", "0.95"), "was changed after it was written"),
+    (lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "items"}), "lacks items"),
+    (lambda text: "[]", "lacks run_id")])
+def test_a_damaged_record_is_named_and_left_alone(tmp_path, record, damage, message):
+    results.write_record(tmp_path, record)
+    path = results.record_path(tmp_path, "lab", record["run_id"])
+    path.write_text(damage(path.read_text()))
+    left = path.read_bytes()
+    with pytest.raises(ValueError, match=f"{path}.*{message}.*delete it and the run is computed again"):
+        results.read_records(tmp_path, "lab", [record["run_id"]])
+    assert path.read_bytes() == left
+
+
+def test_a_record_under_another_runs_name_is_refused(tmp_path, record):
+    results.write_record(tmp_path, record)
+    path = results.record_path(tmp_path, "lab", record["run_id"])
+    other = path.rename(path.with_name("0123456789abcdef.json"))
+    with pytest.raises(ValueError, match="does not belong under that name"):
+        results.read_record(other)
+
+
+def test_frames(record):
+    other = {**record, "method": "sft", "metrics": {**record["metrics"], "accuracy": 0.1}}
+    frame = results.frame([other, record])
+    assert frame.method.tolist() == ["kd", "sft"] and frame.accuracy.tolist() == [0.25, 0.1]
+    assert "accuracy_by_skill" not in frame and frame.learning_rate.tolist() == [0.001] * 2
+    skills = results.skill_frame([record])
+    assert skills[["skill", "accuracy"]].values.tolist() == [["add", 0.5], ["sort", 0.0]]
+    assert results.skill_frame([record], "bits_per_byte").empty
+    items = results.item_frame([record], "accuracy")
+    assert items[["item", "score", "weight"]].values.tolist() == [["a", 1, 1], ["b", 0, 1]], "the unseen suite stays out"
+    bits = results.item_frame([record], "bits_per_byte")
+    assert bits.score.tolist() == pytest.approx([1 / math.log(2), 2 / math.log(2)]) and bits.weight.tolist() == [3, 5]
+
+
+def test_environment_names_code_packages_and_machine():
+    found = results.environment()
+    assert found["packages"]["torch"].startswith("2.13.0") and found["cpus"] >= 1 and found["python"].startswith("3.")
+    assert found["code_version"] is None or (len(found["code_version"]) == 40 and isinstance(found["code_dirty"], bool))
+
+
+def claim(name, estimate=0.1, world=0, preset="lab"):
+    return {"claim": name, "preset": preset, "world_seeds": [world], "contrast": "a contrast", "estimate": estimate, "ci_low": 0.05,
+            "ci_high": 0.15, "n_seeds": 5, "delta": 0.01, "verdict": "supported", "run_ids": ["r"]}
+
+
+def test_claims_replace_only_their_own(tmp_path):
+    folder = tmp_path / "lab"
+    results.write_claims([claim("C1b"), claim("C1a")], folder)
+    results.write_claims([claim("C1a", 0.2), claim("C1a", 0.3, world=1)], folder)
+    found = json.loads((folder / "claims.json").read_text())
+    assert [(c["claim"], c["world_seeds"], c["estimate"]) for c in found] == [("C1a", [0], 0.2), ("C1a", [1], 0.3), ("C1b", [0], 0.1)]
+
+
+def test_readme_table_is_made_from_the_claims(tmp_path):
+    results.write_claims([claim("C1a")], tmp_path / "lab")
+    results.write_claims([claim("C1a", preset="realtext")], tmp_path / "realtext")
+    text = results.generated_readme("before\n<!-- claims:start -->\nstale\n<!-- claims:end -->\nafter\n", tmp_path)
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
+    assert "| lab | C1a | a contrast | +0.1000 | [+0.0500, +0.1500] | 5 | 0 | supported |" in text and "| realtext |" in text
+    assert results.generated_readme(text, tmp_path) == text
+
+
+def test_tables_repeat_to_the_byte(tmp_path):
+    table = pd.DataFrame({"a": [1 / 3, 2.0], "b": ["x", "y"]})
+    results.write_table(table, tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_bytes() == b"a,b\n0.333333,x\n2,y\n"

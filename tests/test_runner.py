@@ -1,0 +1,134 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny import plan
+
+from kdlib import results, runner, study
+
+SCRIPT = Path(__file__).with_name("tiny.py")
+
+
+def _note(folder: str, name: str, needs: tuple = ()) -> None:
+    assert all((Path(folder) / n).exists() for n in needs), f"{name} ran before {needs}"
+    time.sleep(0.05)
+    (Path(folder) / name).write_text(str(os.getpid()))
+
+
+def _fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def task(folder, name, needs=()):
+    return runner.Task(name, _note, (str(folder), name, needs), needs, 1.0)
+
+
+def test_tasks_wait_for_what_they_need_and_share_the_work(tmp_path, capsys):
+    tasks = [task(tmp_path, "d", ("b", "c")), task(tmp_path, "a"), task(tmp_path, "b", ("a",)), task(tmp_path, "c", ("a",)),
+             *[task(tmp_path, f"x{i}") for i in range(8)]]
+    runner.compute(tasks, workers=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(t.key for t in tasks)
+    assert len({p.read_text() for p in tmp_path.iterdir()}) == 2, "two processes"
+    said = capsys.readouterr()
+    assert "12 of 12 tasks, 100%" in said.out and "min left" in said.out and not said.err
+
+
+def test_a_failure_stops_the_rest_and_keeps_what_is_done(tmp_path):
+    tasks = [task(tmp_path, "a"), runner.Task("bad", _fail, ("no such luck",), ("a",), 1.0), task(tmp_path, "later", ("bad",))]
+    with pytest.raises(ValueError, match="no such luck"):
+        runner.compute(tasks, workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_worker_that_dies_is_reported(tmp_path):
+    with pytest.raises(RuntimeError, match="A worker process died .*finished runs are kept, so run again"):
+        runner.compute([task(tmp_path, "a"), runner.Task("die", _die, (), ("a",), 1.0)], workers=1)
+    assert (tmp_path / "a").exists()
+
+
+def start(root):
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(root)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def numbers(records):
+    return [(r["run_id"], r["metrics"], r["items"]) for r in records]
+
+
+def workers_of(group: int) -> list[int]:
+    def belongs(process):
+        try:
+            return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+    return [p.pid for p in psutil.process_iter() if belongs(p)]
+
+
+def test_killed_at_any_moment_it_goes_on_with_the_same_numbers(tiny_root, tiny_records, tmp_path):
+    root, runs = tmp_path / "killed", tmp_path / "killed" / "tiny" / "runs"
+    states = []
+    for wanted in ("base-", 1, 4):  # while a base model is made, after the first record, half way
+        process = start(root)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            done = list(runs.glob("[0-9a-f]*.json"))
+            making = list((root / ".cache").glob(".base-*")) if root.exists() else []
+            if (making if isinstance(wanted, str) else len(done) >= wanted):
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, "killed while it was running"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        for _ in range(100):
+            if not workers_of(process.pid):
+                break
+            time.sleep(0.1)
+        assert not workers_of(process.pid), "no worker outlives its parent"
+        states.append({p.name: p.read_bytes() for p in runs.glob("[0-9a-f]*.json")})
+    assert len(states[0]) == 0 and 1 <= len(states[1]) < 8 and 4 <= len(states[2]) < 8
+    records = study.run(plan(root))
+    assert numbers(records) == numbers(tiny_records)
+    for state in states:
+        assert all((runs / name).read_bytes() == content for name, content in state.items()), "a record is written once"
+    assert len(list(runs.glob("*.json"))) == 8
+
+
+def test_two_runners_share_one_folder(tiny_records, tmp_path):
+    root = tmp_path / "shared"
+    pair = [start(root), start(root)]
+    assert [p.wait(timeout=300) for p in pair] == [0, 0], [p.stderr.read() for p in pair]
+    assert numbers(study.run(plan(root, train_missing=False))) == numbers(tiny_records)
+    assert len(list((root / ".cache").glob("base-*"))) == 2 and not list((root / ".cache").glob(".*-*"))
+
+
+def test_resuming_computes_only_what_is_missing(tiny_root, tiny_records, tmp_path, monkeypatch):
+    root = tmp_path / "partial"
+    shutil.copytree(tiny_root, root)
+    gone = [results.record_path(root, "tiny", tiny_records[i]["run_id"]) for i in (2, 5)]
+    for path in gone:
+        path.unlink()
+    kept = {p: p.stat().st_mtime_ns for p in (root / "tiny" / "runs").glob("*.json")}
+    assert numbers(study.run(plan(root))) == numbers(tiny_records)
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items()) and all(p.exists() for p in gone)
+
+
+def test_a_damaged_model_stops_the_run_and_spares_the_records(tiny_root, tiny_records, tmp_path):
+    root = tmp_path / "damaged"
+    shutil.copytree(tiny_root, root)
+    results.record_path(root, "tiny", tiny_records[0]["run_id"]).unlink()
+    for path in (root / ".cache").glob("base-*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-4] + b"spam")
+    with pytest.raises(ValueError, match="is damaged: model.safetensors does not have the hash"):
+        study.run(plan(root, workers=1))
+    assert len(list((root / "tiny" / "runs").glob("*.json"))) == 7

@@ -1,0 +1,126 @@
+import math
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from kdlib import stats
+from kdlib.presets import METRICS
+
+ACC, BPB = METRICS["accuracy"], METRICS["bits_per_byte"]
+
+
+def runs(gap, budgets=(100, 200, 400, 800), seeds=range(5), metric="accuracy", base=0.5, preset="lab"):
+    """A frame whose KD score is SFT's plus ``gap(budget, seed)``."""
+    rows = [{"run_id": f"{m}{b}-{s}", "method": m, "budget": b, "seed": s, "world_seed": 0, "preset": preset,
+             metric: base + 0.01 * s + (gap(b, s) if m == "kd" else 0)} for m, b, s in product(("kd", "sft"), budgets, seeds)]
+    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+def test_paired_interval_is_the_t_interval_of_the_textbook():
+    d = [0.031, 0.012, 0.045, 0.008, 0.027]
+    mean, se = sum(d) / 5, math.sqrt(sum((x - sum(d) / 5) ** 2 for x in d) / 4 / 5)
+    i = stats.paired_interval(d)
+    assert i.n == 5 and i.estimate == pytest.approx(mean)
+    assert (i.low, i.high) == pytest.approx((mean - 2.776445 * se, mean + 2.776445 * se), rel=1e-6)
+    assert i.p == pytest.approx(2 * scipy_stats.t.sf(mean / se, 4))
+
+
+def test_nominal_coverage_is_reached_with_five_seeds():
+    rng = np.random.default_rng(0)
+    found = [stats.paired_interval(x) for x in rng.normal(1.0, 2.0, (4000, 5))]
+    assert abs(np.mean([i.low <= 1.0 <= i.high for i in found]) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_equal_differences_have_no_width():
+    assert stats.paired_interval([0.2, 0.2]) == (0.2, 0.2, 0.2, 2, 0.0)
+    assert stats.paired_interval([0.0, 0.0]).p == 1.0
+
+
+@pytest.mark.parametrize("few", [[], [0.1]])
+def test_fewer_than_two_seeds_are_refused(few):
+    with pytest.raises(ValueError, match=f"at least two seeds; {len(few)} given"):
+        stats.paired_interval(few)
+
+
+def test_holm_by_hand_and_monotone():
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert stats.holm([0.02]) == [0.02]
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0.001, 0.3, "supported"), (-0.3, -0.001, "refuted"), (-0.009, 0.009, "no meaningful difference"),
+    (-0.011, 0.005, "inconclusive"), (-0.1, 0.1, "inconclusive"), (0.0, 0.02, "inconclusive"), (0.001, 0.009, "supported")])
+def test_verdict_rule(low, high, expected):
+    assert stats.verdict(low, high, 0.01, 5) == expected
+    assert stats.verdict(low, high, 0.01, 4) == f"exploratory: {expected}"
+
+
+def test_gaps_are_paired_by_seed_and_signed_so_that_above_zero_is_better():
+    gaps = stats.paired_gaps(runs(lambda b, s: b / 1e4 + s), ACC)
+    assert len(gaps) == 20
+    for row in gaps.itertuples():
+        assert row.gap == pytest.approx(row.budget / 1e4 + row.seed)
+        assert row.run_ids == [f"kd{row.budget}-{row.seed}", f"sft{row.budget}-{row.seed}"]
+    lower = stats.paired_gaps(runs(lambda b, s: -0.2, metric="bits_per_byte"), BPB)
+    assert lower.gap.to_numpy() == pytest.approx(0.2)
+
+
+def test_unpaired_and_doubled_runs_are_refused():
+    frame = runs(lambda b, s: 0.1)
+    with pytest.raises(ValueError, match=r"unpaired .*\(100, 3\)"):
+        stats.paired_gaps(frame[frame.run_id != "kd100-3"], ACC)
+    with pytest.raises(ValueError, match="several"):
+        stats.paired_gaps(pd.concat([frame, frame[:1]]), ACC)
+
+
+def test_the_contrasts_are_what_was_stated():
+    gaps = stats.paired_gaps(runs(lambda b, s: 0.08 - 0.02 * math.log2(b / 100) + 0.001 * s), ACC)
+    assert stats.low_data_gap(gaps).to_numpy() == pytest.approx([0.07 + 0.001 * s for s in range(5)])
+    assert stats.fading(gaps).to_numpy() == pytest.approx([0.02] * 5)
+
+
+def test_claims_supported_and_refuted():
+    noise = {s: 0.002 * (s - 2) for s in range(5)}
+    good = stats.budget_claims(runs(lambda b, s: 0.08 - 0.02 * math.log2(b / 100) + noise[s] * (1 + b / 800)), ACC)
+    assert [c["claim"] for c in good] == ["C1a", "C1b"] and [c["verdict"] for c in good] == ["supported"] * 2
+    assert good[0]["estimate"] == pytest.approx(0.07) and good[0]["n_seeds"] == 5 and good[0]["world_seeds"] == [0]
+    assert good[0]["run_ids"] == sorted(f"{m}{b}-{s}" for m in ("kd", "sft") for b in (100, 200) for s in range(5))
+    assert len(good[1]["run_ids"]) == 40 and good[1]["delta"] == pytest.approx(0.01 / 3)
+    bad = stats.budget_claims(runs(lambda b, s: -0.08 + 0.02 * math.log2(b / 100) + noise[s] * (1 + b / 800)), ACC)
+    assert [c["verdict"] for c in bad] == ["refuted"] * 2
+
+
+def test_claims_follow_the_metric_and_say_when_seeds_are_few():
+    frame = runs(lambda b, s: -0.1 + 0.02 * math.log2(b / 100) + 1e-5 * b * s, seeds=range(3), metric="bits_per_byte", preset="realtext")
+    found = stats.budget_claims(frame, BPB)
+    assert [c["verdict"] for c in found] == ["exploratory: supported"] * 2
+    assert found[0]["preset"] == "realtext" and "bits per byte" in found[0]["contrast"]
+
+
+def test_gap_table_has_holm_over_budgets():
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 0.01, (4, 5))
+    gaps = stats.paired_gaps(runs(lambda b, s: 0.02 + noise[int(math.log2(b / 100)), s]), ACC)
+    table = stats.gap_table(gaps)
+    plain = [scipy_stats.ttest_1samp(gaps[gaps.budget == b].gap, 0).pvalue for b in table.budget]
+    assert table.p_holm.tolist() == pytest.approx(stats.holm(plain)) and (table.n_seeds == 5).all()
+    assert (table.ci_low < table.gap).all() and (table.gap < table.ci_high).all()
+
+
+def test_item_interval_averages_seeds_first():
+    rows = [{"method": m, "seed": s, "item": f"q{i}", "score": float((m == "kd" and i < 6) or (m == "sft" and i < 3 and s == 0)),
+             "weight": 1} for m in ("kd", "sft") for s in (0, 1) for i in range(10)]
+    found = stats.item_interval(pd.DataFrame(rows), ACC)
+    by_item = [0.5] * 3 + [1.0] * 3 + [0.0] * 4
+    assert found.n == 10 and found.estimate == pytest.approx(np.mean(by_item))
+    assert found[1:3] == pytest.approx(stats.paired_interval(by_item)[1:3])
+
+
+def test_item_interval_of_bits_is_the_gap_in_bits_per_byte():
+    bits = {"sft": [30.0, 8.0, 100.0], "kd": [24.0, 9.0, 80.0]}
+    rows = [{"method": m, "seed": 0, "item": i, "score": bits[m][i], "weight": w} for m in bits for i, w in enumerate((10, 4, 26))]
+    assert stats.item_interval(pd.DataFrame(rows), BPB).estimate == pytest.approx((138 - 113) / 40)

@@ -1,0 +1,134 @@
+import json
+from dataclasses import replace
+
+import pytest
+from tiny import TINY, plan
+
+from kdlib import data, results, store, study
+from kdlib.presets import METHODS, PRESETS
+
+
+def make(tmp_path, **parameters):
+    return study.plan("data_budget", {"preset": "smoke", "results_dir": str(tmp_path / "results"), **parameters})
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"preset": "big"}, r"preset='big' is not allowed; allowed: smoke, lab, realtext"),
+    ({"preset": 3}, "preset=3 is a int"),
+    ({"budgets": "100"}, r"budgets='100' is a str; allowed: a list of at least two different whole numbers"),
+    ({"budgets": [0, 100]}, r"budgets=\[0, 100\] is not allowed; allowed: .* from 1 to 1600"),
+    ({"budgets": [-5, 100]}, r"budgets=\[-5, 100\]"), ({"budgets": [100, 1601]}, r"budgets=\[100, 1601\].*1600, the rows of preset"),
+    ({"budgets": [100, 100]}, "two different"), ({"budgets": [100, 200.0]}, r"200\.0\] is not allowed"),
+    ({"budgets": [100]}, "at least two"),
+    ({"seeds": [0]}, r"seeds=\[0\] is not allowed; allowed: a list of at least two .* because an interval needs two"),
+    ({"seeds": [0, 0]}, "two different"), ({"seeds": [True, False]}, "whole numbers"), ({"seeds": 3}, "seeds=3 is a int"),
+    ({"world_seed": -1}, "world_seed=-1"), ({"world_seed": "0"}, "world_seed='0' is a str"),
+    ({"alpha": 0}, "alpha=0 is not allowed; allowed: a number above 0 and up to 1"), ({"alpha": "1e-1"}, "alpha='1e-1' is a str"),
+    ({"temperature": 0.0}, "temperature=0.0"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True is a bool"),
+    ({"train_missing": "no"}, "train_missing='no' is a str; allowed: True or False"), ({"results_dir": 5}, "results_dir=5 is a int")])
+def test_bad_parameters_are_named_before_anything_is_made(tmp_path, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **parameters)
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_unknown_injected_name_is_refused():
+    cells = ["preset = 'smoke'", "# Parameters\npreset = \"smoke\"\nbudget = [100, 200]\n"]
+    with pytest.raises(ValueError, match=r"Unknown parameter 'budget' \(value \[100, 200\]\); allowed: preset, world_seed"):
+        study.plan("data_budget", {"In": cells, "budget": [100, 200], "preset": "smoke"})
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds files of something else"):
+        make(tmp_path)
+
+
+def test_the_standard_design_has_the_presets_folder_and_others_their_own(tmp_path):
+    standard, changed = make(tmp_path), make(tmp_path, alpha=0.5)
+    assert standard.standard and standard.folder == standard.root / "smoke"
+    assert not changed.standard and changed.folder.parent == standard.root / "smoke" / "variants"
+    assert make(tmp_path, budgets=[1600, 100], seeds=[1, 0]).folder == standard.folder, "order does not matter"
+    assert make(tmp_path, world_seed=1).folder != standard.folder != make(tmp_path, seeds=[0, 2]).folder
+    assert set(standard.ids) & set(changed.ids) == {i for i, c in zip(standard.ids, standard.configs) if c["alpha"] == 0}
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_runs_of_a_seed_are_paired(preset):
+    configs = study.grid(preset, METHODS, preset.budgets, preset.seeds, 0)
+    assert len({results.run_id(c) for c in configs}) == len(configs) == 2 * len(preset.budgets) * len(preset.seeds)
+    for sft, kd in zip(configs[::2], configs[1::2]):
+        assert sft["alpha"] == 0 and sft["teacher"] is None and kd["teacher"] is not None
+        assert {k for k in sft if sft[k] != kd[k]} <= {"alpha", "temperature", "teacher", "learning_rate"}
+    assert len({c["steps"] for c in configs}) == 1 and not {"workers", "results_dir", "preset", "experiment"} & set(configs[0])
+
+
+def test_lab_and_realtext_are_as_large_as_promised():
+    lab, real = PRESETS["lab"], PRESETS["realtext"]
+    assert len(lab.budgets) >= 6 and len(lab.seeds) >= 5 and len(real.budgets) >= 4 and len(real.seeds) >= 3
+    assert lab.sweep["world_seed"] != 0 and not set(real.sweep["seeds"]) & set(real.seeds)
+
+
+def test_records_hold_what_the_dictionary_says(tiny_records):
+    assert len(tiny_records) == 8
+    for r in tiny_records:
+        kd = r["method"] == "kd"
+        assert {"accuracy", "accuracy_unseen", "accuracy_by_skill", "nll", "nll_clean", "ece", "train_loss"} <= set(r["metrics"])
+        assert ({"teacher_nll", "teacher_entropy", "top1_agreement"} <= set(r["metrics"])) is kd
+        assert r["teacher"] == ("base" if kd else None) and r["student"] == "nano" and r["preset"] == "tiny"
+        p = r["provenance"]
+        assert {"code_version", "code_dirty", "packages", "device", "dtype", "wall_s", "cpu_s", "tokens", "data_hash"} <= set(p)
+        assert p["tokens"] > p["response_tokens"] > 0 and p["data_report"]["train"]["answer_tokens_cut"] == 0
+        assert len(r["items"]["id"]) == len(r["items"]["correct"]) == 60
+    hashes = {(p["data_hash"], p["student_hash"]) for p in (r["provenance"] for r in tiny_records)}
+    assert len(hashes) == 1 and len({r["provenance"]["teacher_hash"] for r in tiny_records if r["method"] == "kd"}) == 1
+    assert len({json.dumps(r["metrics"]) for r in tiny_records}) == 8, "every run is another model"
+
+
+def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
+    chosen = [r for r in tiny_records if r["budget"] == 20 and r["seed"] == 1]
+    root = store.open_folder(tmp_path / "again")
+    for wanted in chosen:
+        study.execute(str(root), "tiny", "data_budget", wanted["config"])
+        again = results.read_record(results.record_path(root, "tiny", wanted["run_id"]))
+        assert again["metrics"] == wanted["metrics"] and again["items"] == wanted["items"]
+        assert again["provenance"]["student_hash"] == wanted["provenance"]["student_hash"]
+        assert again["provenance"]["teacher_hash"] == wanted["provenance"]["teacher_hash"]
+
+
+def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
+    from kdlib import trainer
+
+    seen = []
+    monkeypatch.setattr(trainer, "train", lambda model, rows, **how: seen.append(rows) or {"train_loss": 0.0})
+    configs = plan(tiny_root).configs
+    for config in (configs[0], configs[1], configs[4]):  # SFT and KD at the small budget, SFT at the large one
+        study._train_and_evaluate(tiny_root, config)
+    small, paired, large = [[tuple(r["input_ids"]) for r in rows] for rows in seen]
+    assert small == paired and len(small) == TINY.steps * TINY.batch_size
+    assert len(set(small)) <= 20 < len(set(large))
+    bundle = study._loaded(str(tiny_root), json.dumps(configs[0]["data"]))
+    order = data.nested_order(bundle.skills, configs[0]["seed"])
+    assert set(small) == {tuple(bundle.train[i]["input_ids"]) for i in order[:20]}
+
+
+def test_nothing_is_trained_when_that_is_not_wanted(tmp_path):
+    with pytest.raises(ValueError, match=r"train_missing=False, but 8 of 8 runs are missing, the first of them [0-9a-f]{16}"):
+        study.run(plan(tmp_path / "r", train_missing=False))
+
+
+def test_records_of_different_data_are_not_mixed(tiny_root, tiny_records, tmp_path):
+    root = store.open_folder(tmp_path / "mixed")
+    for i, r in enumerate(tiny_records):
+        body = {k: v for k, v in r.items() if k != "checksum"}
+        results.write_record(root, {**body, "provenance": {**r["provenance"], "data_hash": f"copy {i % 2}"}})
+    with pytest.raises(ValueError, match="were made from different data; use one results folder for one copy"):
+        study.run(plan(root))
+
+
+def test_more_rows_than_the_data_has_is_said(tmp_path):
+    greedy = replace(TINY, train_rows=5000)
+    config = study.grid(greedy, METHODS, [20], [0], 0)[0]
+    with pytest.raises(ValueError, match="train_rows=5000 is above the data; allowed: up to 200 rows"):
+        study.execute(str(store.open_folder(tmp_path / "r")), "tiny", "data_budget", config)
