@@ -11,7 +11,7 @@ EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -qiE 'index|find-links' && echo https://download.pytorch.org/whl/cpu)
 
-.PHONY: study smoke test lab sweep readme clean
+.PHONY: study smoke test lab sweep outputs readme clean
 
 study: $(READY)
 	@$(BIN)/python -c "from kdlib import store; store.open_folder('$(OUT)')"
@@ -33,6 +33,12 @@ lab: $(READY)
 
 sweep: $(READY)
 	$(BIN)/python -c "from kdlib import sweep; sweep.main('$(PRESET)', '$(OUT)', $(WORKERS))"
+
+# Run the notebooks in place and keep their outputs, without what changes from run to run.
+outputs: $(READY)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-output --keep-count --keep-id \
+	  --extra-keys "metadata.papermill metadata.widgets metadata.language_info cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
 
 readme: $(READY)
 	$(BIN)/python -c "from kdlib import results; results.update_readme()"

@@ -58,7 +58,7 @@ def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
     """``value`` if it is of ``kind`` and ``ok``; else ValueError in one sentence with name, value and what is allowed."""
     right = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not right or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; allowed: {allowed}.")
+        raise ValueError(f"{name}={value!r} has type {type(value).__name__}; allowed: {allowed}.")
     if not ok(value):
         raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
     return value
@@ -88,7 +88,6 @@ def plan(experiment: str, namespace: dict) -> Plan:
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
     preset = PRESETS[name]
     size = preset.train_rows
-
 
     def numbers(name, low, high, preset_value, allowed):
         value = check(name, given.get(name, []), list, allowed)

@@ -1,10 +1,14 @@
+import gzip
 import json
+import math
+import os
+import random
 from dataclasses import replace
 
 import pytest
 from tiny import TINY, plan
 
-from kdlib import data, results, store, study
+from kdlib import data, results, stages, stats, store, study
 from kdlib.presets import METHODS, PRESETS
 
 
@@ -14,18 +18,18 @@ def make(tmp_path, **parameters):
 
 @pytest.mark.parametrize("parameters, message", [
     ({"preset": "big"}, r"preset='big' is not allowed; allowed: smoke, lab, realtext"),
-    ({"preset": 3}, "preset=3 is a int"),
-    ({"budgets": "100"}, r"budgets='100' is a str; allowed: a list of at least two different whole numbers"),
+    ({"preset": 3}, "preset=3 has type int"),
+    ({"budgets": "100"}, r"budgets='100' has type str; allowed: a list of at least two different whole numbers"),
     ({"budgets": [0, 100]}, r"budgets=\[0, 100\] is not allowed; allowed: .* from 1 to 1600"),
     ({"budgets": [-5, 100]}, r"budgets=\[-5, 100\]"), ({"budgets": [100, 1601]}, r"budgets=\[100, 1601\].*1600, the rows of preset"),
     ({"budgets": [100, 100]}, "two different"), ({"budgets": [100, 200.0]}, r"200\.0\] is not allowed"),
     ({"budgets": [100]}, "at least two"),
     ({"seeds": [0]}, r"seeds=\[0\] is not allowed; allowed: a list of at least two .* because an interval needs two"),
-    ({"seeds": [0, 0]}, "two different"), ({"seeds": [True, False]}, "whole numbers"), ({"seeds": 3}, "seeds=3 is a int"),
-    ({"world_seed": -1}, "world_seed=-1"), ({"world_seed": "0"}, "world_seed='0' is a str"),
-    ({"alpha": 0}, "alpha=0 is not allowed; allowed: a number above 0 and up to 1"), ({"alpha": "1e-1"}, "alpha='1e-1' is a str"),
-    ({"temperature": 0.0}, "temperature=0.0"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True is a bool"),
-    ({"train_missing": "no"}, "train_missing='no' is a str; allowed: True or False"), ({"results_dir": 5}, "results_dir=5 is a int")])
+    ({"seeds": [0, 0]}, "two different"), ({"seeds": [True, False]}, "whole numbers"), ({"seeds": 3}, "seeds=3 has type int"),
+    ({"world_seed": -1}, "world_seed=-1"), ({"world_seed": "0"}, "world_seed='0' has type str"),
+    ({"alpha": 0}, "alpha=0 is not allowed; allowed: a number above 0 and up to 1"), ({"alpha": "1e-1"}, "alpha='1e-1' has type str"),
+    ({"temperature": 0.0}, "temperature=0.0"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True has type bool"),
+    ({"train_missing": "no"}, "train_missing='no' has type str; allowed: True or False"), ({"results_dir": 5}, "results_dir=5 has type int")])
 def test_bad_parameters_are_named_before_anything_is_made(tmp_path, parameters, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **parameters)
@@ -132,3 +136,68 @@ def test_more_rows_than_the_data_has_is_said(tmp_path):
     config = study.grid(greedy, METHODS, [20], [0], 0)[0]
     with pytest.raises(ValueError, match="train_rows=5000 is above the data; allowed: up to 200 rows"):
         study.execute(str(store.open_folder(tmp_path / "r")), "tiny", "data_budget", config)
+
+
+def text_preset(monkeypatch, folder):
+    """Real text's preset at the size of seconds, and local files for it with words of our own."""
+    words = "the a cat dog bird tree house river runs sleeps sings sees near under over big small red old day night".split()
+    rng = random.Random(0)
+
+    def sentence(n):
+        return " ".join(rng.choices(words, k=n))
+
+    def rows(n, kind):
+        for i in range(n):
+            turns = [sentence(rng.randint(3, 90)), sentence(rng.randint(1, 12)) + " é"]
+            yield {"id": f"dolly-open_qa-{kind}{i}", "source": "dolly_15k",
+                   "messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turns)]}
+
+    files = {"general_train.jsonl.gz": rows(160, "a"), "general_test.jsonl.gz": rows(30, "b"),
+             "pretrain_books.jsonl.gz": ({"id": str(i), "text": sentence(300)} for i in range(40))}
+    for name, content in files.items():
+        with gzip.open(folder / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(r) + "\n" for r in content)
+    monkeypatch.setenv("KDLIB_DATA", str(folder))
+    real = PRESETS["realtext"]
+    quick = {"steps": 5, "batch_size": 4, "block": 64}
+    return replace(
+        real, source={**real.source, "validation_rows": 10, "test_rows": 25}, train_rows=140, max_length=64, vocab_size=400,
+        student={**real.student, **quick}, steps=4, batch_size=4, budgets=(10, 140),
+        teachers={"base": {**real.teachers["base"], **quick, "tuning": {**real.teachers["base"]["tuning"], "steps": 3, "batch_size": 4}}})
+
+
+def test_human_text_takes_the_same_path(tmp_path, monkeypatch):
+    preset = text_preset(monkeypatch, tmp_path)
+    configs = study.grid(preset, METHODS, preset.budgets, preset.seeds, 0)
+    made = study.Plan(preset, "data_budget", tuple(configs), store.open_folder(tmp_path / "r"), True, True, 2)
+    records = study.run(made)
+    assert len(records) == 12 and {r["preset"] for r in records} == {"realtext"}
+    for r in records:
+        assert r["metrics"]["accuracy"] is None and "correct" not in r["items"] and len(r["items"]["id"]) <= 25
+        bits = sum(r["items"]["nll"]) / math.log(2) / sum(r["items"]["bytes"])
+        assert r["metrics"]["bits_per_byte"] == pytest.approx(bits, rel=1e-4) and 0 < bits < 8
+        report = r["provenance"]["data_report"]
+        assert report["train"]["answer_tokens_cut"] == 0 and report["train"]["prompts_shortened"] > 0
+        assert report["loading"]["rows_read"] == 160
+    frame = results.frame(records)
+    gaps = stats.paired_gaps(frame, preset.scored)
+    wide = frame.pivot(index=["budget", "seed"], columns="method", values="bits_per_byte")
+    assert gaps.gap.tolist() == pytest.approx((wide.sft - wide.kd).tolist())
+    assert all(c["verdict"].startswith("exploratory") for c in stats.budget_claims(frame, preset.scored))
+
+
+@pytest.mark.skipif("KDLIB_DATA" not in os.environ, reason="KDLIB_DATA names no folder with the real text")
+def test_the_real_text_is_rendered_without_cutting_an_answer(tmp_path):
+    preset = PRESETS["realtext"]
+    config = study.grid(preset, METHODS, [100], [0], 0)[0]
+    bundle, tokenizer = stages.data_and_tokenizer(store.open_folder(tmp_path / "r"), config["data"])
+    assert len(bundle.train) == preset.train_rows and len(tokenizer) == preset.vocab_size
+    held = {tuple(r["input_ids"]) for split in bundle.held.values() for r in split}
+    assert not held & {tuple(r["input_ids"]) for r in bundle.train}
+    for split, rows in (("train", bundle.train), ("test", bundle.held["test"])):
+        assert bundle.report[split]["answer_tokens_cut"] == 0
+        for row in rows:
+            assert len(row["input_ids"]) <= preset.max_length and row["labels"][-1] == tokenizer.eos_token_id
+    for row in bundle.held["test"].select(range(50)):
+        spoken = tokenizer.decode([t for t in row["labels"] if t != data.IGNORE][:-1])
+        assert spoken == row["messages"][-1]["content"]

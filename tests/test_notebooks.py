@@ -1,0 +1,201 @@
+"""The notebooks' contract, and what they do when papermill runs them."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+
+from kdlib import results, stats, study
+
+FOLDER = results.REPOSITORY / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+EXPERIMENTS = [p for p in NOTEBOOKS if p.name[:2] in ("02", "03", "04")]
+
+
+def by_name(paths):
+    return pytest.mark.parametrize("path", paths, ids=[p.stem for p in paths])
+
+
+def read(path):
+    return nbformat.read(path, 4)
+
+
+def code(nb):
+    return [c for c in nb.cells if c.cell_type == "code"]
+
+
+def tagged(nb, tag):
+    return [c for c in nb.cells if tag in c.metadata.get("tags", [])]
+
+
+def outputs(cells):
+    return [o for c in cells for o in c.outputs]
+
+
+def text_of(cells):
+    return "".join(o.get("text", "") for o in outputs(cells))
+
+
+def test_the_notebooks_are_there():
+    assert [p.stem for p in NOTEBOOKS] == ["00_start_here", "01_losses", "02_data_budget"] and EXPERIMENTS
+
+
+@by_name(NOTEBOOKS)
+def test_form(path):
+    nb = read(path)
+    nbformat.validate(nb)
+    assert (nb.nbformat, nb.nbformat_minor) == (4, 5) and nb.metadata.kernelspec.name == "python3"
+    assert len({c.id for c in nb.cells}) == len(nb.cells)
+    assert "papermill" not in nb.metadata and "widgets" not in nb.metadata and not tagged(nb, "injected-parameters")
+    assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
+    assert path.stat().st_size < 1_000_000
+    sizes = sorted(len(c.source.splitlines()) for c in code(nb))
+    assert sizes[len(sizes) // 2] <= 12 and sizes[-1] <= 30
+
+
+@by_name(NOTEBOOKS)
+def test_parameters_are_one_cell_of_annotated_scalars_and_lists(path):
+    cell, = tagged(read(path), "parameters")
+    found = ast.parse(cell.source).body
+    assert found and all(isinstance(node, ast.AnnAssign) for node in found)
+    for line in cell.source.splitlines():
+        assert line.count("=") == 1 and "#" in line, "papermill shows one value and one comment a line"
+    names = list(papermill.inspect_notebook(str(path)))
+    assert names == [node.target.id for node in found]
+
+
+@by_name(NOTEBOOKS)
+def test_stored_outputs_are_of_one_clean_run(path):
+    nb = read(path)
+    assert [c.execution_count for c in code(nb)] == list(range(1, len(code(nb)) + 1))
+    shown = outputs(code(nb))
+    assert shown and not [o for o in shown if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not re.search(r"(/home/|/root/|/tmp/|/work/|/Users/|[A-Z]:\\\\)", json.dumps([dict(o) for o in shown]))
+    assert any("image/png" in o.get("data", {}) for o in shown), "a figure"
+
+
+@by_name(EXPERIMENTS)
+def test_experiments_follow_the_order(path):
+    nb = read(path)
+    headings = [line for c in nb.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("#")]
+    wanted = ["Design", "data", "loss", "Train", "Result", "Verdict", "limits", "Quiz"]
+    at = [next(i for i, h in enumerate(headings) if w in h) for w in wanted]
+    assert at == sorted(at) and "refute" in nb.cells[0].source
+    verdict, = tagged(nb, "verdict")
+    assert "stats." in verdict.source and text_of([verdict])
+    ignored = tagged(nb, "nbval-ignore-output")
+    assert len(ignored) == 2 and "study.plan" in ignored[0].source and "study.run" in ignored[1].source
+    figures = [c for c in code(nb) if "plots.save" in c.source]
+    assert len(figures) >= 3 and all(c.source.endswith("plt.show()") for c in figures)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in EXPERIMENTS], ids=lambda p: p.stem)
+def test_other_notebooks_are_checked_too(path):
+    nb = read(path)
+    checked = [c for c in code(nb) if c.outputs and "nbval-ignore-output" not in c.metadata.get("tags", [])]
+    assert len(checked) >= 5
+
+
+def run(path, out, **parameters):
+    return papermill.execute_notebook(str(path), str(out), parameters, progress_bar=False, log_output=False, kernel_name="python3")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Notebook 02 with the smoke preset, from nothing."""
+    folder = tmp_path_factory.mktemp("smoke")
+    nb = run(FOLDER / "02_data_budget.ipynb", folder / "out.ipynb", preset="smoke", results_dir=str(folder / "results"))
+    return folder, nb
+
+
+def test_smoke_run_trains_and_what_it_shows_is_what_it_recorded(smoke):
+    folder, nb = smoke
+    plan = study.plan("data_budget", {"preset": "smoke", "results_dir": str(folder / "results"), "train_missing": False})
+    records = study.run(plan)
+    frame = results.frame(records)
+    assert len(frame) == 8 and set(frame.budget) == {100, 1600}
+    loss = frame.groupby("method").nll.mean()
+    assert loss["kd"] < loss["sft"] < 3.0, "both learned something, and soft targets predict better"
+    assert frame.accuracy.max() > 0.05
+    claims = stats.budget_claims(frame, plan.preset.scored)
+    assert json.loads((plan.folder / "claims.json").read_text()) == claims
+    shown = text_of(tagged(nb, "verdict"))
+    for c in claims:
+        assert f"{c['claim']}: {c['verdict']}." in shown and f"{c['estimate']:+.4f}" in shown
+    assert all(c["verdict"].startswith("exploratory") for c in claims)
+    made = {p.name for p in (plan.folder / "figures").iterdir()}
+    assert made == {f"{n}.{e}" for n in ("score_vs_budget", "gap_vs_budget", "skill_gaps") for e in ("png", "svg", "csv")}
+    assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
+
+
+def test_one_changed_parameter_gives_a_new_answer_beside_the_old(smoke):
+    folder, _ = smoke
+    before = (folder / "results" / "smoke" / "claims.json").read_bytes()
+    nb = run(FOLDER / "02_data_budget.ipynb", folder / "changed.ipynb", preset="smoke", results_dir=str(folder / "results"),
+             alpha=0.5, budgets=[50, 400])
+    assert "exploratory" in text_of(tagged(nb, "verdict"))
+    assert (folder / "results" / "smoke" / "claims.json").read_bytes() == before
+    assert len(list((folder / "results" / "smoke" / "variants").glob("*/claims.json"))) == 1
+
+
+def test_start_here_trains_its_comparison_live(smoke, tmp_path):
+    folder, _ = smoke
+    nb = run(FOLDER / "00_start_here.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(folder / "results"))
+    shown = text_of(code(nb))
+    assert "0 of 8 runs found" in shown and "8 of 8 runs found" in shown and "C1a: exploratory" in shown
+
+
+def test_losses_with_other_parameters(tmp_path):
+    nb = run(FOLDER / "01_losses.ipynb", tmp_path / "out.ipynb", temperature=3.0, alpha=0.2, rows=9, vocabulary=50)
+    assert "by global count" in text_of(code(nb))
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("02_data_budget", ["-p", "preset", "smok"], "preset='smok' is not allowed; allowed: smoke, lab, realtext"),
+    ("02_data_budget", ["-p", "budgets", "[100, 200]"], "budgets='[100, 200]' has type str; allowed: a list"),
+    ("02_data_budget", ["-p", "preset", "smoke", "-y", "budgets: [0, 100]"], "budgets=[0, 100] is not allowed"),
+    ("02_data_budget", ["-p", "preset", "smoke", "-y", "seeds: [3]"], "seeds=[3] is not allowed"),
+    ("02_data_budget", ["-p", "sedes", "3"], "Unknown parameter 'sedes'"),
+    ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False")])
+def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, arguments, message):
+    target = tmp_path / "results"
+    where = [] if name == "01_losses" else ["-p", "results_dir", str(target)]
+    done = subprocess.run([sys.executable, "-m", "papermill", str(FOLDER / f"{name}.ipynb"), str(tmp_path / "out.ipynb"), *arguments,
+                           *where, "--no-progress-bar", "-k", "python3"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    last = [line for line in done.stderr.strip().splitlines() if "Error: " in line][-1]
+    assert message in last
+    assert not list(target.rglob("*.json")) or name == "00_start_here"
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"HF_HUB_OFFLINE": "1"}, "Neither the hub nor local data can be reached for 'databricks/databricks-dolly-15k'"),
+    ({"KDLIB_DATA": "nowhere"}, "KDLIB_DATA='nowhere' has no file 'general_train.jsonl.gz'; point KDLIB_DATA at")])
+def test_without_data_realtext_says_both_remedies_before_it_trains(tmp_path, environment, message):
+    inherited = {k: v for k, v in os.environ.items() if k != "KDLIB_DATA"}
+    done = subprocess.run([sys.executable, "-m", "papermill", str(FOLDER / "02_data_budget.ipynb"), str(tmp_path / "out.ipynb"), "-p",
+                           "preset", "realtext", "-p", "results_dir", str(tmp_path / "results"), "--no-progress-bar", "-k", "python3"],
+                          capture_output=True, text=True, cwd=tmp_path, env={**inherited, "HF_HOME": str(tmp_path), **environment})
+    assert done.returncode != 0
+    last = [line for line in done.stderr.strip().splitlines() if "Error: " in line][-1]
+    assert message in last and "hub" in last and "KDLIB_DATA" in last
+    assert not (tmp_path / "results" / "realtext").exists()
+
+
+def test_an_edited_record_ends_papermill_and_is_kept(smoke, tmp_path):
+    folder, _ = smoke
+    shutil.copytree(folder / "results", tmp_path / "results")
+    plan = study.plan("data_budget", {"preset": "smoke", "results_dir": str(tmp_path / "results")})
+    path = results.record_path(plan.root, "smoke", plan.ids[0])
+    path.write_text(path.read_text().replace('"accuracy": 0', '"accuracy": 1', 1))
+    edited, before = path.read_bytes(), sorted((plan.root / "smoke" / "runs").iterdir())
+    with pytest.raises(papermill.PapermillExecutionError, match="was changed after it was written"):
+        run(FOLDER / "02_data_budget.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
+    assert path.read_bytes() == edited and sorted((plan.root / "smoke" / "runs").iterdir()) == before

@@ -1,0 +1,86 @@
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from test_stats import ACC, BPB, runs
+
+from kdlib import plots, stats
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def frame():
+    return runs(lambda b, s: 0.05 - b / 2e4 + 0.003 * s * (1 if b > 200 else -1))
+
+
+def texts(fig):
+    return [t.get_text() for ax in fig.axes for t in [*ax.texts, ax.title, *ax.get_xticklabels()]]
+
+
+def test_methods_differ_in_colour_marker_line_and_grey():
+    looks = list(plots.STYLE.values())
+    for key in ("color", "marker", "linestyle", "label"):
+        assert len({look[key] for look in looks}) == len(looks)
+    grey = [sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(look["color"]))) for look in looks]
+    assert abs(grey[0] - grey[1]) > 0.1
+
+
+def test_score_figure_draws_means_intervals_and_every_seed():
+    data = frame()
+    fig, plotted = plots.score_vs_budget(data, ACC)
+    for row in plotted.itertuples():
+        found = stats.paired_interval(data[(data.method == row.method) & (data.budget == row.budget)].accuracy)
+        assert (row.mean, row.ci_low, row.ci_high, row.n_seeds) == pytest.approx(found[:4])
+    ax, = fig.axes
+    dots = [tuple(p) for c in ax.collections if hasattr(c, "get_sizes") and len(c.get_sizes()) for p in c.get_offsets()]
+    assert len(dots) == len(data) and {round(y, 9) for _, y in dots} == {round(y, 9) for y in data.accuracy}
+    assert {"SFT", "KD", "100", "800"} <= set(texts(fig))
+    assert ax.get_xlabel() == "training examples (log scale)" and ax.get_ylabel() == "accuracy (macro over skills)"
+
+
+@pytest.mark.parametrize("metric", [ACC, BPB])
+def test_gap_figure_draws_the_gap_table_and_a_zero_line(metric):
+    data = frame().rename(columns={"accuracy": metric.name})
+    gaps = stats.paired_gaps(data, metric)
+    fig, plotted = plots.gap_vs_budget(gaps, metric)
+    table = stats.gap_table(gaps).set_index("budget")
+    assert len(plotted) == len(gaps) == 20
+    for row in plotted.itertuples():
+        assert row.mean_gap == table.gap[row.budget] and row.ci_low == table.ci_low[row.budget]
+    ax, = fig.axes
+    assert any(list(line.get_ydata()) == [0, 0] for line in ax.lines)
+    assert {"KD better", "SFT better"} <= set(texts(fig)) and metric.gap_label == ax.get_ylabel()
+    assert ("KD − SFT" if metric.higher_is_better else "SFT − KD") in ax.get_ylabel()
+
+
+def record(method, budget, seed, value):
+    return {"method": method, "budget": budget, "seed": seed,
+            "metrics": {"accuracy_by_skill": {"add": value, "two_hop": value / 2}}}
+
+
+def test_skill_figure_pairs_by_seed_and_splits_scarce_from_abundant():
+    records = [record(m, b, s, 0.5 + 0.01 * s + (0.1 + 0.02 * s if m == "kd" and b < 400 else 0))
+               for m in ("sft", "kd") for b in (100, 200, 400) for s in (0, 1, 2)]
+    fig, plotted = plots.skill_gaps(records, ACC)
+    scarce = plotted[plotted.part == "100 and 200 examples"].set_index("skill")
+    assert scarce.gap["add"] == pytest.approx(0.12) and scarce.gap["two_hop"] == pytest.approx(0.06)
+    assert plotted[plotted.part == "400 examples"].gap.abs().max() == pytest.approx(0)
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["two hop", "add"]
+
+
+def test_saved_files_repeat_to_the_byte(tmp_path):
+    for name in ("a", "b"):
+        fig, plotted = plots.score_vs_budget(frame(), ACC)
+        plots.save(fig, plotted, tmp_path / name, "score")
+    files = sorted(p.name for p in (tmp_path / "a" / "figures").iterdir())
+    assert files == ["score.csv", "score.png", "score.svg"]
+    for name in files:
+        assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
+    assert len(pd.read_csv(tmp_path / "a" / "figures" / "score.csv")) == 8

@@ -1,0 +1,150 @@
+"""What is committed agrees with itself: pins, layout, imports, records, and everything computed from them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+
+from kdlib import results, store, study, sweep
+from kdlib.presets import PRESETS
+
+ROOT = results.REPOSITORY
+RESULTS = ROOT / "results"
+STUDIES = ("lab", "realtext")
+
+
+def lines(name):
+    return [s.strip() for s in (ROOT / name).read_text().splitlines() if s.strip() and not s.startswith("#")]
+
+
+def pins(requirements):
+    found = dict(re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[[a-z,]+\])?==([^;\s]+)", line).groups() for line in requirements)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
+
+
+def test_lock_pyproject_and_conda_environment_agree():
+    lock = pins(lines(".requirements.lock"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = pins(project["dependencies"])
+    assert wanted.items() <= lock.items()
+    assert lock["torch"] == "2.13.0" and not [name for name in lock if name.startswith(("nvidia", "triton"))]
+    conda = (ROOT / "environment.yml").read_text()
+    assert "-r .requirements.lock" in conda and "-e ." in conda
+    assert not re.search(r"==", conda), "versions stand in the lock alone"
+    low, high = re.search(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
+    assert f"python>=3.{low},<3.{high}" in conda
+
+
+def test_the_installed_packages_are_the_locked_ones():
+    from importlib.metadata import version
+
+    for name, locked in pins(lines(".requirements.lock")).items():
+        assert version(name).split("+")[0] == locked, name
+
+
+def test_the_layout_is_the_agreed_one():
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {p.split("/")[0] for p in tracked.stdout.split()}
+    assert {p for p in top if not p.startswith(".")} == {
+        "notebooks", "kdlib", "results", "tests", "environment.yml", "README.md", "pyproject.toml", "Makefile", "LICENSE",
+        "CITATION.cff"}
+
+
+def test_the_library_stays_slim():
+    sizes = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "kdlib").glob("*.py")}
+    assert sum(sizes.values()) <= 2500 and max(sizes.values()) <= 300, sizes
+
+
+def test_reading_results_needs_no_torch():
+    code = "import sys; from kdlib import results, stats, plots, study, sweep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def committed(name):
+    return study.plan("data_budget", {"preset": name, "results_dir": str(RESULTS)})
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_committed_record_is_whole_and_belongs_to_a_design(name):
+    ids = {p.stem for p in (RESULTS / name / "runs").glob("*.json")}
+    assert ids == set(committed(name).ids) | set(sweep.plan(PRESETS[name], RESULTS).ids)
+    for r in results.read_records(RESULTS, name, sorted(ids)):
+        assert r["provenance"]["code_dirty"] is False and len(r["provenance"]["code_version"]) == 40
+        assert {"id", "suite", "nll", "bytes"} <= set(r["items"])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_figures_and_claims_follow_from_the_records(name, tmp_path, monkeypatch):
+    """The notebook's own cells, on a copy of the records and without the two that look at the data."""
+    shutil.copytree(RESULTS / name / "runs", store.open_folder(tmp_path) / name / "runs")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    cells = [c for c in nbformat.read(ROOT / "notebooks" / "02_data_budget.ipynb", 4).cells if c.cell_type == "code"]
+    namespace = {}
+    for cell in cells:
+        if "bundle" not in cell.source:
+            exec(cell.source, namespace)
+        if "parameters" in cell.metadata.get("tags", []):
+            namespace |= {"preset": name, "results_dir": str(tmp_path), "train_missing": False}
+    planned = sweep.plan(PRESETS[name], RESULTS)
+    table = sweep.table(results.read_records(RESULTS, name, planned.ids), PRESETS[name])
+    results.write_table(table, tmp_path / name / "tables" / "lr_sweep.csv")
+    stored, again = ({p.relative_to(root / name) for p in (root / name).rglob("*") if p.is_file() and "notebooks" not in p.parts}
+                     for root in (RESULTS, tmp_path))
+    assert stored == again
+    compared = [p for p in stored if p.suffix in (".csv", ".json")]  # pictures depend on the fonts that a machine has
+    assert len([p for p in compared if p.parts[0] == "figures"]) == 3
+    for path in compared:
+        assert (tmp_path / name / path).read_bytes() == (RESULTS / name / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_executed_copy_shows_the_committed_verdicts(name):
+    copy = nbformat.read(RESULTS / name / "notebooks" / "02_data_budget.ipynb", 4)
+    shown = "".join(o.get("text", "") for c in copy.cells if "verdict" in c.metadata.get("tags", []) for o in c.outputs)
+    for claim in json.loads((RESULTS / name / "claims.json").read_text()):
+        assert f"{claim['claim']}: {claim['verdict']}." in shown and f"{claim['estimate']:+.4f}" in shown
+    assert not [o for c in copy.cells for o in c.get("outputs", []) if o.output_type == "error"]
+
+
+def test_the_readmes_claims_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.generated_readme(text, RESULTS) == text, "stale: run `make readme`"
+    assert text.count("| lab | C1") == 2 and text.count("| realtext | C1") == 2
+
+
+def test_the_readmes_files_and_make_targets_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make (\w+)", text)) | {"study", "test", "smoke", "lab", "clean"}:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_data_dictionary_knows_every_field():
+    dictionary = (RESULTS / "README.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"`([^`]+)`", dictionary))
+    for name in STUDIES:
+        for r in results.read_records(RESULTS, name, committed(name).ids):
+            for group in (r, r["metrics"], r["items"], r["config"], r["provenance"]):
+                assert set(group) <= words, set(group) - words
+        for path in [*(RESULTS / name / "tables").glob("*.csv"), *(RESULTS / name / "figures").glob("*.csv")]:
+            columns = {re.sub("_(kd|sft)$", "", c) for c in pd.read_csv(path).columns}
+            assert columns <= words, columns - words
+        for claim in json.loads((RESULTS / name / "claims.json").read_text()):
+            assert set(claim) <= words
+
+
+def test_nothing_names_a_machines_folders():
+    tracked = subprocess.run(["git", "-C", str(ROOT), "grep", "-nIE", "(/work/|/root/|/home/[a-z]+/|/tmp/[a-z])", "--",
+                              ".", ":!tests"], capture_output=True, text=True)
+    assert tracked.returncode in (1, 128), tracked.stdout
