@@ -36,10 +36,19 @@ def _budget_axis(ax, budgets) -> None:
     ax.set_xlabel("training examples (log scale)")
 
 
+def _label_ends(ax, ends) -> None:
+    """Names beside the lines' right ends, moved apart where they would overlap; ``ends`` has (height, name, colour)."""
+    low, high = ax.get_ylim()
+    lowest = -1.0
+    for y, name, colour in sorted(ends):
+        lowest = max((y - low) / (high - low), lowest + 0.055)
+        ax.annotate(name, (1.01, lowest), xycoords="axes fraction", va="center", color=colour, fontweight="bold")
+
+
 def score_vs_budget(frame: pd.DataFrame, metric: Metric):
     """Score against budget, one line a method: mean and t interval over seeds, seeds as dots."""
     fig, ax = _axes()
-    rows = []
+    rows, ends = [], []
     for method, runs in frame.groupby("method", sort=False):
         style = STYLE[method]
         found = {b: stats.paired_interval(g[metric.name]) for b, g in runs.groupby("budget")}
@@ -51,8 +60,8 @@ def score_vs_budget(frame: pd.DataFrame, metric: Metric):
         ax.errorbar(x, mean, [[i.estimate - i.low for i in found.values()], [i.high - i.estimate for i in found.values()]],
                     capsize=3, markersize=6, **{k: v for k, v in style.items() if k != "label"})
         ax.scatter(runs.budget * shift, runs[metric.name], s=9, color=style["color"], alpha=0.45, linewidths=0)
-        ax.annotate(style["label"], (x[-1], mean[-1]), xytext=(9, 0), textcoords="offset points", va="center",
-                    color=style["color"], fontweight="bold")
+        ends.append((mean[-1], style["label"], style["color"]))
+    _label_ends(ax, ends)
     _budget_axis(ax, sorted(frame.budget.unique()))
     ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
     ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget: mean, 95% interval, seeds", fontsize=10, loc="left")
@@ -67,8 +76,8 @@ def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
     ax.axhline(0, color="0.3", linewidth=1)
     ax.scatter(gaps.budget * 1.04, gaps.gap, s=12, color=STYLE["kd"]["color"], alpha=0.6, linewidths=0)
     ax.errorbar(table.budget, table.gap, [table.gap - table.ci_low, table.ci_high - table.gap], capsize=3, markersize=6, **GAP)
-    ax.annotate("KD better", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", color="0.3")
-    ax.annotate("SFT better", (0.99, 0.03), xycoords="axes fraction", ha="right", va="bottom", color="0.3")
+    for text, height, side in (("KD better", 0.99, "top"), ("SFT better", 0.01, "bottom")):
+        ax.annotate(text, (1.01, height), xycoords="axes fraction", rotation=90, va=side, color="0.3")
     _budget_axis(ax, table.budget)
     ax.set_ylabel(metric.gap_label)
     ax.set_title(f"Paired gap by data budget: mean, 95% interval, {table.n_seeds.min()} seeds; grey: ±{metric.delta:g}",

@@ -14,7 +14,7 @@ class Metric(NamedTuple):
 
     @property
     def gap_label(self) -> str:
-        """Axis text of a gap whose sign is such that above zero KD is better."""
+        """A gap whose sign is such that above zero KD is better, in words."""
         return f"gap in {self.label.split(' (')[0]} ({'KD − SFT' if self.higher_is_better else 'SFT − KD'})"
 
 

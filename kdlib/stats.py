@@ -118,11 +118,10 @@ def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
     gaps = paired_gaps(frame, metric)
     doublings = float(np.log2(gaps.budget.max() / gaps.budget.min()))
     small = sorted(gaps.budget.unique())[:2]
-    unit = metric.name.replace("_", " ")
     contrasts = [
-        ("C1a", f"mean {unit} gap, KD over SFT, at budgets {small[0]} and {small[1]}", low_data_gap(gaps), metric.delta,
+        ("C1a", f"mean {metric.gap_label} at budgets {small[0]} and {small[1]}", low_data_gap(gaps), metric.delta,
          gaps[gaps.budget.isin(small)]),
-        ("C1b", f"fall of the {unit} gap per doubling of the budget", fading(gaps), metric.delta / doublings, gaps)]
+        ("C1b", f"fall of the {metric.gap_label} per doubling of the budget", fading(gaps), metric.delta / doublings, gaps)]
     claims = []
     for claim, contrast, differences, delta, used in contrasts:
         i = paired_interval(differences)

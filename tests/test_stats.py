@@ -98,7 +98,7 @@ def test_claims_follow_the_metric_and_say_when_seeds_are_few():
     frame = runs(lambda b, s: -0.1 + 0.02 * math.log2(b / 100) + 1e-5 * b * s, seeds=range(3), metric="bits_per_byte", preset="realtext")
     found = stats.budget_claims(frame, BPB)
     assert [c["verdict"] for c in found] == ["exploratory: supported"] * 2
-    assert found[0]["preset"] == "realtext" and "bits per byte" in found[0]["contrast"]
+    assert found[0]["preset"] == "realtext" and "bits per byte of human answers (SFT − KD)" in found[0]["contrast"]
 
 
 def test_gap_table_has_holm_over_budgets():
