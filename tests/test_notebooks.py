@@ -84,7 +84,7 @@ def test_stored_outputs_are_of_one_clean_run(path):
 @by_name(EXPERIMENTS)
 def test_experiments_follow_the_order(path):
     nb = read(path)
-    headings = [line for c in nb.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("#")]
+    headings = [line for c in nb.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("## ")]
     wanted = ["Design", "data", "loss", "Train", "Result", "Verdict", "limits", "Quiz"]
     at = [next(i for i, h in enumerate(headings) if w in h) for w in wanted]
     assert at == sorted(at) and "refute" in nb.cells[0].source
