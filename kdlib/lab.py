@@ -9,6 +9,7 @@ the training split, in any phrasing; a third of the phrasings are kept for the *
 
 import random
 import zlib
+from itertools import permutations
 from typing import NamedTuple
 
 from datasets import Dataset, concatenate_datasets
@@ -43,7 +44,7 @@ STATEMENTS = {  # how base text states what the skills ask
     "count": ("count {x} in {l} = {answer} .", "{l} has {answer} {x} .", "how many {x} in {l} : {answer} ."),
     "translate": ("{s} = {answer} .", "{s} in lumi is {answer} .", "{answer} : {s} ."),
     "classify": ("{w} : {answer} .", "the kind of {w} is {answer} .", "one {answer} is {w} ."),
-    "name": ("{c} , {d} : {answer} .", "one {c} and one {d} : {answer} .", "{answer} = {c} {d} ."),
+    "name": ("{c} , {d} , {e} : {answer} .", "one {c} , one {d} and one {e} : {answer} .", "{answer} = {c} {d} {e} ."),
 }
 PHRASINGS = {
     "recall": ("what is the {r} of {p} ?", "tell me the {r} of {p} .", "{p} has which {r} ?",
@@ -64,8 +65,8 @@ PHRASINGS = {
                   "give {s} in lumi please .", "i want to say {s} in lumi .", "{s} in lumi is what ?"),
     "classify": ("what kind of thing is {w} ?", "tell me the kind of {w} .", "{w} is which kind ?",
                  "give the kind of {w} please .", "i want to know the kind of {w} .", "the kind of {w} is what ?"),
-    "name": ("name one {c} and one {d} .", "tell me one {c} and one {d} .", "say one {c} then one {d} .",
-             "give one {c} and one {d} please .", "i want one {c} and one {d} .", "one {c} and one {d} is what ?"),
+    "name": ("name one {c} , one {d} and one {e} .", "tell me one {c} , one {d} and one {e} .", "say one {c} then {d} then {e} .",
+             "give one {c} , {d} and {e} please .", "i want one {c} , one {d} and one {e} .", "one {c} , {d} and {e} is what ?"),
 }
 SKILLS = tuple(PHRASINGS)
 
@@ -95,7 +96,7 @@ class World:
         self.unseen = {skill: set(rng.sample(range(6), 2)) for skill in SKILLS}
         small = {"recall": [f"{p} {r}" for p in NAMES for r in pools], "two_hop": list(NAMES),
                  "classify": [w for members in WORDS.values() for w in members],
-                 "name": [f"{c} {d}" for c in WORDS for d in WORDS if c != d]}
+                 "name": [" ".join(kinds) for kinds in permutations(WORDS, 3)]}
         self.bucket = {(skill, key): 10 * i // len(keys)
                        for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
 
@@ -166,17 +167,17 @@ class World:
         return Question(w, {"w": w}, kind, rng.choice([k for k in WORDS if k != kind]))
 
     def _name(self, rng):
-        kinds = rng.sample(list(WORDS), 2)
+        kinds = rng.sample(list(WORDS), 3)
         answer = [rng.choice(WORDS[k]) for k in kinds]
-        other = rng.choice([k for k in WORDS if k not in kinds])
-        wrong = [rng.choice(WORDS[other]), answer[1]] if rng.random() < 0.5 else [answer[0], rng.choice(WORDS[other])]
-        return Question(" ".join(kinds), {"c": kinds[0], "d": kinds[1]}, " ".join(answer), " ".join(wrong))
+        wrong = list(answer)
+        wrong[rng.randrange(3)] = rng.choice(WORDS[rng.choice([k for k in WORDS if k not in kinds])])
+        return Question(" ".join(kinds), dict(zip("cde", kinds)), " ".join(answer), " ".join(wrong))
 
     def verify(self, row: dict, response: str) -> bool:
         """True if ``response`` answers ``row`` (columns ``skill``, ``answer``), whatever its style.
 
         The words of the answer styles are dropped; the rest must equal the answer, or, for the open-ended ``name``
-        skill, be two words of the kinds that the answer has.
+        skill, be words of the kinds that the answer has.
         """
         words = [w for w in response.split() if w not in FILLER]
         wanted = row["answer"].split()

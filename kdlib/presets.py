@@ -1,5 +1,6 @@
 """The presets: one study at several sizes. A preset is data; nothing else in kdlib knows its name."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,8 +36,8 @@ class Preset:
 
     ``source`` says what data (``kind`` names a loader of :mod:`kdlib.stages`; its first ``train_rows`` rows are used),
     ``student`` and ``teachers`` which models and how they are pre-trained (a teacher is then tuned on all of the training
-    data), ``steps`` × ``batch_size`` what every run trains, ``learning_rate`` what the sweep chose for each method.
-    ``sweep`` is that sweep: its own worlds and seeds, scored on validation rows. Batches are formed from rows of like
+    data), ``steps`` × ``batch_size`` what every run trains, ``learning_rate`` what the sweep chose for each method at each
+    budget it tried. ``sweep`` is that sweep: its own worlds and seeds, scored on validation rows. Batches are formed from rows of like
     length within ``length_window`` batches.
     """
 
@@ -63,6 +64,17 @@ class Preset:
         """The metric that decides."""
         return METRICS[self.metric]
 
+    def rate(self, method: str, budget: int) -> float:
+        """The peak learning rate of ``method`` at ``budget``: the sweep's choices, interpolated where it did not look.
+
+        Linear in the logarithms of both, constant beyond the ends, to three significant digits.
+        """
+        points = sorted(self.learning_rate[method].items())
+        low = max((p for p in points if p[0] <= budget), default=points[0])
+        high = min((p for p in points if p[0] >= budget), default=points[-1])
+        way = math.log(budget / low[0]) / math.log(high[0] / low[0]) if low[0] < high[0] else 0.0
+        return float(f"{low[1] * (high[1] / low[1]) ** way:.3g}")
+
 
 def _pretrain(model: str, steps: int, learning_rate: float = 3e-3, batch_size: int = 48, block: int = 48, max_tokens=None) -> dict:
     return {"model": model, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "block": block,
@@ -76,7 +88,7 @@ SMOKE = Preset(
     student=_pretrain("nano", 500, batch_size=24),
     teachers={"base": {**_pretrain("micro", 500, batch_size=24),
                        "tuning": {"steps": 200, "learning_rate": 2e-3, "batch_size": 32}}},
-    steps=100, batch_size=16, length_window=1, learning_rate={"sft": 2e-3, "kd": 2e-3}, budgets=(100, 1600), seeds=(0, 1),
+    steps=100, batch_size=16, length_window=1, learning_rate={"sft": {100: 2e-3}, "kd": {100: 2e-3}}, budgets=(100, 1600), seeds=(0, 1),
     metric="accuracy", sweep={"world_seed": 900, "seeds": [100], "budgets": [100, 1600], "learning_rates": [1e-3, 2e-3]})
 
 LAB = Preset(
@@ -85,10 +97,10 @@ LAB = Preset(
     train_rows=12800, max_length=64, vocab_size=0, max_new_tokens=12,
     student=_pretrain("student", 1000),
     teachers={"base": {**_pretrain("teacher", 1600), "tuning": {"steps": 800, "learning_rate": 1e-3, "batch_size": 32}}},
-    steps=400, batch_size=32, length_window=1, learning_rate={"sft": 2e-3, "kd": 1e-3},
-    budgets=(200, 400, 800, 1600, 3200, 6400, 12800), seeds=(0, 1, 2, 3, 4),
-    metric="accuracy", sweep={"world_seed": 900, "seeds": [100, 101], "budgets": [200, 1600, 12800],
-                              "learning_rates": [5e-4, 1e-3, 2e-3, 4e-3]})
+    steps=400, batch_size=32, length_window=1, learning_rate={"sft": {200: 2e-3}, "kd": {200: 1e-3}},
+    budgets=(200, 400, 800, 1600, 3200, 6400, 12800), seeds=(0, 1, 2, 3, 4, 5, 6),
+    metric="accuracy", sweep={"world_seed": 900, "seeds": [100, 101, 102], "budgets": [200, 800, 3200, 12800],
+                              "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
 
 _DOLLY = {"where": {"source": "dolly_15k"}, "category_in_id": r"dolly-(\w+)-"}
 
@@ -102,10 +114,10 @@ REALTEXT = Preset(
     train_rows=12000, max_length=256, vocab_size=4096, max_new_tokens=0,
     student=_pretrain("text-student", 600, batch_size=16, block=256, max_tokens=4_000_000),
     teachers={"base": {**_pretrain("text-teacher", 600, batch_size=16, block=256, max_tokens=4_000_000),
-                       "tuning": {"steps": 500, "learning_rate": 1e-3, "batch_size": 16, "length_window": 8}}},
-    steps=200, batch_size=16, length_window=8, learning_rate={"sft": 2.5e-4, "kd": 4e-3},
+                       "tuning": {"steps": 750, "learning_rate": 1e-3, "batch_size": 16, "length_window": 8}}},
+    steps=200, batch_size=16, length_window=8, learning_rate={"sft": {100: 2.5e-4}, "kd": {100: 4e-3}},
     budgets=(100, 300, 1000, 3200), seeds=(0, 1, 2),
-    metric="bits_per_byte", sweep={"world_seed": 0, "seeds": [100], "budgets": [100, 1000],
-                                     "learning_rates": [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
+    metric="bits_per_byte", sweep={"world_seed": 0, "seeds": [100], "budgets": [100, 300, 1000, 3200],
+                                     "learning_rates": [3e-5, 6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
 
 PRESETS = {p.name: p for p in (SMOKE, LAB, REALTEXT)}

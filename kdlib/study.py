@@ -16,7 +16,7 @@ from pathlib import Path
 from kdlib import results, runner, store
 from kdlib.presets import METHODS, PRESETS, Preset
 
-SPEC_VERSION = 1  # raised whenever a change of the code changes what the same configuration computes
+SPEC_VERSION = 2  # raised whenever a change of the code changes what the same configuration computes
 PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "temperature", "results_dir", "train_missing", "workers")
 
 
@@ -125,7 +125,7 @@ def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: 
                 out.append({
                     "data": data, "student": preset.student, "teacher": teacher if objective["alpha"] else None, **objective,
                     "budget": budget, "seed": seed, "steps": preset.steps, "batch_size": preset.batch_size,
-                    "length_window": preset.length_window, "learning_rate": preset.learning_rate[method], "split": split,
+                    "length_window": preset.length_window, "learning_rate": preset.rate(method, budget), "split": split,
                     "max_new_tokens": preset.max_new_tokens})
     return out
 

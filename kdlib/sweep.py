@@ -13,27 +13,27 @@ def plan(preset: Preset, root: str | Path, workers: int = 0) -> study.Plan:
     """The runs of a preset's sweep, with results under ``root``."""
     s = preset.sweep
     configs = [config for rate in s["learning_rates"]
-               for config in study.grid(replace(preset, learning_rate=dict.fromkeys(METHODS, rate)), METHODS, s["budgets"],
+               for config in study.grid(replace(preset, learning_rate={m: {1: rate} for m in METHODS}), METHODS, s["budgets"],
                                         s["seeds"], s["world_seed"], split="validation")]
     return study.Plan(preset, "lr_sweep", tuple(configs), store.open_folder(root), True, True, workers)
 
 
 def table(records: list[dict], preset: Preset) -> pd.DataFrame:
-    """Columns ``method, learning_rate, score, n_runs, chosen``: the mean validation score over budgets and seeds.
+    """Columns ``method, budget, learning_rate, score, n_runs, chosen``: the mean validation score over seeds.
 
-    The best score is chosen, and of equal ones the smaller rate.
+    For each method and budget the best score is chosen, and of equal ones the smaller rate.
     """
-    metric = preset.scored
-    means = results.frame(records).groupby(["method", "learning_rate"])[metric.name].agg(score="mean", n_runs="size").reset_index()
+    metric, keys = preset.scored, ["method", "budget"]
+    means = results.frame(records).groupby([*keys, "learning_rate"])[metric.name].agg(score="mean", n_runs="size").reset_index()
     ranked = means.sort_values(["score", "learning_rate"], ascending=[not metric.higher_is_better, True])
-    means["chosen"] = means.index.isin(ranked.groupby("method").head(1).index)
+    means["chosen"] = means.index.isin(ranked.groupby(keys).head(1).index)
     return means
 
 
-def chosen(records: list[dict], preset: Preset) -> dict[str, float]:
-    """The learning rate of each method that the sweep's records choose."""
+def chosen(records: list[dict], preset: Preset) -> dict[str, dict[int, float]]:
+    """The learning rate of each method at each budget that the sweep's records choose."""
     found = table(records, preset)
-    return dict(found[found.chosen][["method", "learning_rate"]].itertuples(index=False))
+    return {m: dict(zip(g.budget.tolist(), g.learning_rate.tolist())) for m, g in found[found.chosen].groupby("method")}
 
 
 def main(preset: str, root: str, workers: int = 0) -> None:
