@@ -90,11 +90,11 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     """``(metrics, items)`` of a model on rendered held-out rows.
 
     With ``verify`` accuracy comes by suite and skill; ``clean`` are the same rows rendered with faultless answers. Items
-    keep, per row and in row order, ``id``, ``suite``, ``bytes`` and ``nll`` of the answer (nats, 4 decimals) and, with
+    keep, per row and in row order, ``id``, ``suite``, ``skill``, ``bytes`` and ``nll`` of the answer (nats, 4 decimals) and, with
     ``verify``, ``correct`` (0 or 1).
     """
     metrics: dict = {"accuracy": None, "accuracy_unseen": None}
-    items: dict = {"id": list(rows["id"]), "suite": list(rows["suite"])}
+    items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
     if verify:
         items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
