@@ -5,6 +5,8 @@ Nothing here averages. Sums over rows are divided by the global number of respon
 over micro-batches or devices never changes the gradient.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -53,6 +55,6 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless ``temperature`` is above 0."""
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature!r} must be above 0.")
+    """Raise ValueError unless ``temperature`` is a finite number above 0."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r} must be above 0 and finite.")

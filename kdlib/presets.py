@@ -64,6 +64,11 @@ class Preset:
         """The metric that decides."""
         return METRICS[self.metric]
 
+    @property
+    def many_worlds(self) -> bool:
+        """Whether ``world_seed`` draws another world; real text has one."""
+        return self.source["kind"] != "text"
+
     def rate(self, method: str, budget: int) -> float:
         """The peak learning rate of ``method`` at ``budget``: the sweep's choices, interpolated where it did not look.
 

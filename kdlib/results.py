@@ -47,8 +47,8 @@ def read_record(path: Path) -> dict:
     remedy = "restore it, or delete it and the run is computed again."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Run record {path} is not whole JSON (truncated?); {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Run record {path} is not a file of whole JSON (truncated?); {remedy}") from error
     missing = [f for f in FIELDS if not isinstance(record, dict) or f not in record]
     if missing:
         raise ValueError(f"Run record {path} lacks {', '.join(missing)}; {remedy}")
@@ -84,18 +84,22 @@ def skill_frame(records: list[dict], metric: str = "accuracy") -> pd.DataFrame:
 
 
 def item_frame(records: list[dict], metric: str) -> pd.DataFrame:
-    """One row a run and test item of the seen suite: ``score`` (0 or 1, or the answer's bits) and ``weight`` (1, or bytes)."""
+    """One row a run and test item, so that the ``score`` summed over the ``weight`` summed is the run's metric.
+
+    Accuracy: items of the seen suite, 1 if right, scaled so that every skill weighs the same. Bits per byte: the answer's
+    bits, weighted by its bytes.
+    """
     parts = []
     for r in records:
         items = r["items"]
+        part = pd.DataFrame({**{k: r[k] for k in ("method", "budget", "seed")}, "item": items["id"], "skill": items["skill"]})
         if metric == "accuracy":
-            score, weight = items["correct"], 1
+            part = part.assign(score=items["correct"], weight=1)[[s == "seen" for s in items["suite"]]]
+            part["score"] *= len(part) / part.skill.nunique() / part.skill.map(part.skill.value_counts())
         else:
-            score, weight = [v / math.log(2) for v in items["nll"]], items["bytes"]
-        keys = {k: r[k] for k in ("method", "budget", "seed")}
-        parts.append(pd.DataFrame({**keys, "item": items["id"], "suite": items["suite"], "score": score, "weight": weight}))
-    every = pd.concat(parts, ignore_index=True)
-    return every[every.suite == "seen"].drop(columns="suite")
+            part = part.assign(score=[v / math.log(2) for v in items["nll"]], weight=items["bytes"])
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
 
 
 @lru_cache(maxsize=1)
@@ -118,22 +122,31 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 def claims_table(folders: list[Path]) -> pd.DataFrame:
     """The claims of one or more preset folders, one row a claim, as the README shows them."""
-    claims = [c for folder in folders for c in json.loads((folder / "claims.json").read_text(encoding="utf-8"))]
+    claims = [c for folder in folders for c in read_claims(folder)]
     return pd.DataFrame([{
         "preset": c["preset"], "claim": c["claim"], "contrast": c["contrast"],
         "estimate": f"{c['estimate']:+.4f}", "95% interval": f"[{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]",
         "seeds": str(c["n_seeds"]), "world": ", ".join(map(str, c["world_seeds"])), "verdict": c["verdict"]} for c in claims])
 
 
+def read_claims(folder: Path) -> list[dict]:
+    """The claims in a folder's ``claims.json``, none if there is no such file. Raises ValueError if it is damaged."""
+    path = folder / "claims.json"
+    try:
+        claims = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return sorted(claims, key=lambda c: (c["claim"], c["world_seeds"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole list of claims (truncated or edited?); restore it, or delete it and it is made "
+                         "again from the run records.") from error
+
+
 def write_claims(claims: list[dict], folder: Path) -> None:
     """Put ``claims`` into a folder's ``claims.json``, in place of earlier ones on the same claim and worlds."""
     with store.lock(folder.parent, f"claims-{folder.name}"):
-        path = folder / "claims.json"
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         new = {(c["claim"], tuple(c["world_seeds"])) for c in claims}
-        kept = [c for c in kept if (c["claim"], tuple(c["world_seeds"])) not in new]
+        kept = [c for c in read_claims(folder) if (c["claim"], tuple(c["world_seeds"])) not in new]
         ordered = sorted(kept + claims, key=lambda c: (c["claim"], c["world_seeds"]))
-        store.write_atomic(path, json.dumps(ordered, indent=1) + "\n")
+        store.write_atomic(folder / "claims.json", json.dumps(ordered, indent=1) + "\n")
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -34,7 +34,7 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
     workers = min(workers or (1 if torch.accelerator.is_available() else len(os.sched_getaffinity(0))
                               if hasattr(os, "sched_getaffinity") else os.cpu_count()), len(tasks))
     waiting, done, running, failure = list(tasks), set(), {}, None
-    started = time.monotonic()
+    progress = _Progress(tasks, workers)
     with (ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool,
           tqdm(total=1.0, file=_Stdout(), mininterval=1, bar_format="{desc}|{bar:30}| {elapsed}{postfix}") as bar):
         while (waiting and not failure) or running:
@@ -42,15 +42,17 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
             for task in ready:
                 waiting.remove(task)
                 running[pool.submit(task.function, *task.arguments)] = task
+                progress.start(task)
             finished, _ = wait(running, timeout=20, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = running.pop(future)
                 try:
                     future.result()
                     done.add(task.key)
+                    progress.finish(task)
                 except Exception as error:
                     failure = failure or error
-            _show(bar, tasks, done, running.values(), started)
+            progress.show(bar)
     if isinstance(failure, BrokenProcessPool):
         raise RuntimeError("A worker process died (killed, or out of memory); finished runs are kept, so run again to go on."
                            ) from failure
@@ -58,15 +60,31 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
         raise failure
 
 
-def _show(bar: tqdm, tasks: list[Task], done: set, running, started: float) -> None:
-    # On average a running task is half done.
-    total, part = sum(t.cost for t in tasks), sum(t.cost for t in tasks if t.key in done) + sum(t.cost for t in running) / 2
-    bar.n = part / total if total else 1.0
-    bar.set_description_str(f"{len(done)} of {len(tasks)} tasks, {bar.n:4.0%}", refresh=False)
-    if 0 < bar.n < 1:
-        left = (time.monotonic() - started) * (1 / bar.n - 1)
-        bar.set_postfix_str(f"about {left / 60:.1f} min left", refresh=False)
-    bar.refresh()
+class _Progress:
+    """What is done, and an estimate of what is left from the cost that finished tasks got through a second."""
+
+    def __init__(self, tasks: list[Task], workers: int):
+        self.total, self.number, self.workers = sum(t.cost for t in tasks), len(tasks), workers
+        self.running, self.finished, self.cost, self.busy = {}, 0, 0.0, 0.0
+
+    def start(self, task: Task) -> None:
+        self.running[task.key] = task.cost, time.monotonic()
+
+    def finish(self, task: Task) -> None:
+        cost, started = self.running.pop(task.key)
+        self.finished += 1
+        if cost:  # a task without a cost says nothing about the speed of those with one
+            self.cost, self.busy = self.cost + cost, self.busy + time.monotonic() - started
+
+    def show(self, bar: tqdm) -> None:
+        """Redraw ``bar``; a running task counts as far as its time suggests."""
+        speed, now = self.cost / self.busy if self.busy else 0.0, time.monotonic()
+        part = self.cost + sum(min(0.9 * cost, speed * (now - started)) for cost, started in self.running.values())
+        bar.n = part / self.total if self.total else self.finished / self.number
+        bar.set_description_str(f"{self.finished} of {self.number} tasks, {bar.n:4.0%}", refresh=False)
+        if speed and bar.n < 1:
+            bar.set_postfix_str(f"about {max(self.total - part, 0.0) / speed / self.workers / 60:.1f} min left", refresh=False)
+        bar.refresh()
 
 
 class _Stdout:

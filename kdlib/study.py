@@ -6,6 +6,7 @@ need them makes and all others share.
 
 import ast
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -98,11 +99,13 @@ def plan(experiment: str, namespace: dict) -> Plan:
                       f"a list of at least two different whole numbers from 1 to {size}, the rows of preset {name!r}")
     seeds = numbers("seeds", 0, 2**31, preset.seeds,
                     "a list of at least two different whole numbers from 0, because an interval needs two")
-    world = check("world_seed", given.get("world_seed", 0), int, "a whole number from 0", lambda v: v >= 0)
+    world = check("world_seed", given.get("world_seed", 0), int,
+                  "a whole number from 0" if preset.many_worlds else f"0, because preset {name!r} has one world",
+                  lambda v: v >= 0 and (preset.many_worlds or v == 0))
     alpha = check("alpha", given.get("alpha", METHODS["kd"]["alpha"]), float, "a number above 0 and up to 1, the teacher's weight",
                   lambda v: 0 < v <= 1)
-    temperature = check("temperature", given.get("temperature", METHODS["kd"]["temperature"]), float, "a number above 0",
-                        lambda v: v > 0)
+    temperature = check("temperature", given.get("temperature", METHODS["kd"]["temperature"]), float,
+                        "a finite number above 0", lambda v: 0 < v < math.inf)
     workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
     train = check("train_missing", given.get("train_missing", True), bool, "True or False")
     folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own")
@@ -133,8 +136,10 @@ def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: 
 def run(plan: Plan) -> list[dict]:
     """The records of ``plan``, in grid order; what is missing is computed first, in parallel worker processes.
 
-    Raises ValueError if runs are missing and ``train_missing`` is False, or if the records were made from different data.
+    Raises ValueError if runs are missing and ``train_missing`` is False, if a file of the results folder is damaged, or if
+    the records were made from different data, students or teachers.
     """
+    results.read_claims(plan.folder)
     have = {r["run_id"] for r in results.read_records(plan.root, plan.preset.name, plan.ids)}
     missing = [c for c in plan.configs if results.run_id(c) not in have]
     print(f"{len(have)} of {len(plan.ids)} runs found in {plan.preset.name}/runs; {len(missing)} to train.")
@@ -146,9 +151,10 @@ def run(plan: Plan) -> list[dict]:
     records = results.read_records(plan.root, plan.preset.name, plan.ids)
     if len(records) != len(plan.ids):
         raise RuntimeError(f"{len(plan.ids) - len(records)} of {len(plan.ids)} runs are still missing; run again to go on.")
-    if len({r["provenance"]["data_hash"] for r in records}) > 1:
-        raise ValueError(f"The records in {plan.root / plan.preset.name / 'runs'} were made from different data; use one results "
-                         "folder for one copy of the data.")
+    for part in ("data", "student", "teacher"):
+        if len({r["provenance"][f"{part}_hash"] for r in records} - {None}) > 1:
+            raise ValueError(f"The records in {plan.root / plan.preset.name / 'runs'} come from more than one copy of the {part} "
+                             f"(their {part}_hash differs) and cannot be compared; use one results folder for each.")
     return records
 
 

@@ -17,13 +17,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
     opener = gzip.open if str(path).endswith(".gz") else open
     rows, number = [], 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(json.loads(line))
-    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        line = number if isinstance(error, json.JSONDecodeError) else number + 1
-        raise ValueError(f"{path}, line {line}: not a JSON line in UTF-8 ({error}).") from error
+                    rows.append(json.loads(line.decode("utf-8")))
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError(f"a {type(rows[-1]).__name__}, but a row is an object")
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        line = number if isinstance(error, ValueError) else number + 1
+        raise ValueError(f"{path}, line {line}: not a JSON object in UTF-8 ({error}).") from error
     return rows
 
 
@@ -31,7 +33,7 @@ def load_rows(source: dict) -> list[dict]:
     """Rows of one source: the local file under ``KDLIB_DATA`` if that is set, else the hub id.
 
     ``source`` has ``local`` (file name), ``hub`` (dataset id) with an optional ``hub_config``, and ``where`` (column =
-    value, for the local file). Raises FileNotFoundError naming both remedies.
+    value, for the local file). Raises FileNotFoundError naming both remedies, and ValueError if no row is left.
     """
     root = os.environ.get("KDLIB_DATA")
     if root:
@@ -39,8 +41,12 @@ def load_rows(source: dict) -> list[dict]:
         if not path.is_file():
             raise FileNotFoundError(f"KDLIB_DATA={root!r} has no file {source['local']!r}; point KDLIB_DATA at the folder "
                                     f"that holds it, or unset it to load {source['hub']!r} from the hub.")
-        rows = read_jsonl(path)
-        return [r for r in rows if all(r.get(k) == v for k, v in source.get("where", {}).items())]
+        rows, where = read_jsonl(path), source.get("where", {})
+        kept = [r for r in rows if all(r.get(k) == v for k, v in where.items())]
+        if not kept:
+            wanted = f" with {', '.join(f'{k}={v!r}' for k, v in where.items())}" if where else ""
+            raise ValueError(f"{path} has no row{wanted} among its {len(rows)}; the study needs some.")
+        return kept
     try:
         rows = load_dataset(source["hub"], source.get("hub_config"), split="train")
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
@@ -52,9 +58,15 @@ def load_rows(source: dict) -> list[dict]:
 
 def to_messages(row: dict) -> list[dict]:
     """The conversation of a row: ``messages``, or ``instruction``/``context``/``response`` (Dolly's columns)."""
-    if row.get("messages"):
-        return row["messages"]
-    if not row.get("response"):
+    messages = row.get("messages")
+    if messages:
+        fine = isinstance(messages, list) and all(
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
+        if not fine or not any(m["role"] == "assistant" for m in messages):
+            raise ValueError(f"Row {row.get('id')!r}: messages must be a list of objects with the texts 'role' and 'content', "
+                             "at least one of them an assistant's.")
+        return messages
+    if not row.get("instruction") or not row.get("response"):
         raise ValueError(f"Row {row.get('id')!r} has neither 'messages' nor 'instruction' and 'response'; "
                          f"its columns are {sorted(row)}.")
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("context")) if part)
@@ -64,33 +76,49 @@ def to_messages(row: dict) -> list[dict]:
 def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validation_rows: int, test_rows: int) -> Corpus:
     """Human-written instructions as a :class:`~kdlib.data.Corpus`; there is one such world, whatever ``world_seed``.
 
-    Exact duplicates of a prompt are dropped, and so is every training row whose prompt is held out. Where the ``test``
+    Exact duplicates of a prompt (all that is said before or between the answers) are dropped, and so is every training row whose prompt is held out. Where the ``test``
     source cannot be had (the hub has no such split), one row in twenty is held out, chosen by a hash of its prompt.
     Validation rows come from the training source.
     """
-    raw = load_rows(train)
-    pool = _conversations(raw, train.get("category_in_id"))
+    pool, read = _conversations(train)
     if test.get("hub") or os.environ.get("KDLIB_DATA"):
-        held = _conversations(load_rows(test), test.get("category_in_id"))
+        held, _ = _conversations(test)
     else:
         held = {p: r for p, r in pool.items() if zlib.crc32(p.encode()) % 20 == 0}
     overlap = pool.keys() & held.keys()
     rows = [pool[p] for p in sorted(pool.keys() - overlap, key=lambda p: zlib.crc32(p.encode()))]
     tests = sorted(held.values(), key=lambda r: zlib.crc32(r["id"].encode()))[:test_rows]
-    report = {"rows_read": len(raw), "duplicate_prompts_dropped": len(raw) - len(pool), "held_out_prompts_dropped": len(overlap)}
-    return Corpus(pretrain=lambda: [row["text"] for row in load_rows(pretrain) if row["text"].strip()],
+    report = {"rows_read": read, "duplicate_prompts_dropped": read - len(pool), "held_out_prompts_dropped": len(overlap)}
+    return Corpus(pretrain=lambda: _plain(pretrain),
                   train=Dataset.from_list(rows[validation_rows:]),
                   validation=Dataset.from_list(rows[:validation_rows]), test=Dataset.from_list(tests), report=report)
 
 
-def _conversations(rows: list[dict], category_in_id: str | None) -> dict[str, dict]:
-    out: dict[str, dict] = {}
+def _plain(source: dict) -> list[str]:
+    rows = load_rows(source)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{_origin(source)}, row {number} has no 'text'; its columns are {sorted(row)}.")
+    return [row["text"] for row in rows if row["text"].strip()]
+
+
+def _origin(source: dict) -> str:
+    return source["local"] if os.environ.get("KDLIB_DATA") else source["hub"]
+
+
+def _conversations(source: dict) -> tuple[dict[str, dict], int]:
+    """Rows by prompt, the first of each, and how many were read."""
+    rows, out = load_rows(source), {}
     for row in rows:
-        messages = to_messages(row)
-        found = category_in_id and re.match(category_in_id, str(row["id"]))
+        try:
+            messages = to_messages(row)
+        except ValueError as error:
+            raise ValueError(f"{_origin(source)}: {error}") from error
+        found = source.get("category_in_id") and re.match(source["category_in_id"], str(row.get("id")))
         kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
-        out.setdefault(messages[0]["content"].strip(), {"id": str(row["id"]), "messages": messages, "skill": kind, "suite": "seen"})
-    return out
+        prompt = "\n".join(m["content"].strip() for m in messages if m["role"] != "assistant")
+        out.setdefault(prompt, {"id": str(row.get("id")), "messages": messages, "skill": kind, "suite": "seen"})
+    return out, len(rows)
 
 
 def verifier(world_seed: int) -> None:

@@ -35,7 +35,8 @@ def test_splits_share_no_question_in_any_phrasing(world):
     assert not contents["train"] & contents["test"]
     assert not contents["train"] & contents["validation"]
     assert not contents["validation"] & contents["test"]
-    assert {c[0] for c in contents["test"]} == set(SKILLS)
+    for skill in SKILLS:
+        assert len({c for c in contents["test"] if c[0] == skill}) >= 8, f"{skill} is tested on more than a few contents"
 
 
 def test_unseen_phrasings_are_held_out(world):
@@ -87,9 +88,10 @@ def test_verifier_wants_the_answer_alone(world):
 
 def test_name_accepts_any_member_of_the_kinds_in_order():
     world = World(0)
-    row = {"skill": "name", "answer": "baker bread"}
-    assert world.verify(row, "it is nurse soup .")
-    assert not world.verify(row, "soup nurse") and not world.verify(row, "nurse") and not world.verify(row, "nurse hammer")
+    row = {"skill": "name", "answer": "baker bread red"}
+    assert world.verify(row, "it is nurse soup blue .")
+    for reply in ("soup nurse blue", "nurse soup", "nurse soup hammer", "nurse soup blue red"):
+        assert not world.verify(row, reply), reply
 
 
 def test_one_seed_one_world():

@@ -13,7 +13,7 @@ def record():
     return {"run_id": results.run_id(config), "experiment": "data_budget", "preset": "lab", "method": "kd", "teacher": "base",
             "student": "nano", "budget": 20, "seed": 1, "world_seed": 0,
             "metrics": {"accuracy": 0.25, "accuracy_unseen": 0.5, "accuracy_by_skill": {"add": 0.5, "sort": 0.0}},
-            "items": {"id": ["a", "b", "c"], "suite": ["seen", "seen", "unseen"], "correct": [1, 0, 1], "nll": [1.0, 2.0, 3.0],
+            "items": {"id": ["a", "b", "c"], "suite": ["seen", "seen", "unseen"], "skill": ["add", "sort", "add"], "correct": [1, 0, 1], "nll": [1.0, 2.0, 3.0],
                       "bytes": [3, 5, 7]},
             "config": config, "provenance": {"data_hash": "d"}}
 
@@ -35,8 +35,8 @@ def test_a_record_is_never_written_over(tmp_path, record):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda text: text[:len(text) // 2], r"is not whole JSON \(truncated\?\)"),
-    (lambda text: "", "is not whole JSON"),
+    (lambda text: text[:len(text) // 2], r"is not a file of whole JSON \(truncated\?\)"),
+    (lambda text: "", "is not a file of whole JSON"),
     (lambda text: text.replace("0.25", "0.95"), "was changed after it was written"),
     (lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "items"}), "lacks items"),
     (lambda text: "[]", "lacks run_id")])
@@ -48,6 +48,13 @@ def test_a_damaged_record_is_named_and_left_alone(tmp_path, record, damage, mess
     with pytest.raises(ValueError, match=f"{path}.*{message}.*delete it and the run is computed again"):
         results.read_records(tmp_path, "lab", [record["run_id"]])
     assert path.read_bytes() == left
+
+
+def test_a_folder_in_a_records_place_is_named(tmp_path, record):
+    path = results.record_path(tmp_path, "lab", record["run_id"])
+    path.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"Run record {path} is not a file of whole JSON"):
+        results.read_records(tmp_path, "lab", [record["run_id"]])
 
 
 def test_a_record_under_another_runs_name_is_refused(tmp_path, record):
@@ -69,7 +76,15 @@ def test_frames(record):
     items = results.item_frame([record], "accuracy")
     assert items[["item", "score", "weight"]].values.tolist() == [["a", 1, 1], ["b", 0, 1]], "the unseen suite stays out"
     bits = results.item_frame([record], "bits_per_byte")
-    assert bits.score.tolist() == pytest.approx([1 / math.log(2), 2 / math.log(2)]) and bits.weight.tolist() == [3, 5]
+    assert bits.score.tolist() == pytest.approx([n / math.log(2) for n in (1, 2, 3)]) and bits.weight.tolist() == [3, 5, 7]
+
+
+def test_items_sum_up_to_the_metric(tiny_records):
+    for metric in ("accuracy", "bits_per_byte"):
+        items = results.item_frame(tiny_records, metric).groupby(["method", "budget", "seed"])
+        found = items.score.sum() / items.weight.sum()
+        wanted = results.frame(tiny_records).set_index(["method", "budget", "seed"])[metric]
+        pd.testing.assert_series_equal(found, wanted.sort_index(), check_names=False, rtol=1e-5)
 
 
 def test_environment_names_code_packages_and_machine():
@@ -89,6 +104,15 @@ def test_claims_replace_only_their_own(tmp_path):
     results.write_claims([claim("C1a", 0.2), claim("C1a", 0.3, world=1)], folder)
     found = json.loads((folder / "claims.json").read_text())
     assert [(c["claim"], c["world_seeds"], c["estimate"]) for c in found] == [("C1a", [0], 0.2), ("C1a", [1], 0.3), ("C1b", [0], 0.1)]
+
+
+@pytest.mark.parametrize("content", ["[{", '{"claim": "C1a"}', '["C1a"]'])
+def test_damaged_claims_are_named_and_kept(tmp_path, content):
+    (tmp_path / "claims.json").write_text(content)
+    for call in (lambda: results.write_claims([claim("C1a")], tmp_path), lambda: results.claims_table([tmp_path])):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'claims.json'} is not a whole list of claims"):
+            call()
+    assert (tmp_path / "claims.json").read_text() == content
 
 
 def test_readme_table_is_made_from_the_claims(tmp_path):

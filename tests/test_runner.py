@@ -1,3 +1,4 @@
+import io
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tiny import plan
+from tqdm import tqdm
 
 from kdlib import results, runner, study
 
@@ -41,6 +43,27 @@ def test_tasks_wait_for_what_they_need_and_share_the_work(tmp_path, capsys):
     assert len({p.read_text() for p in tmp_path.iterdir()}) == 2, "two processes"
     said = capsys.readouterr()
     assert "12 of 12 tasks, 100%" in said.out and "min left" in said.out and not said.err
+
+
+def test_the_estimate_goes_by_what_finished_tasks_took(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    costs = {"free": 0.0, "a": 1.0, "b": 1.0, "c": 4.0, "d": 2.0}
+    tasks = {k: runner.Task(k, _note, (), (), c) for k, c in costs.items()}
+    progress, said = runner._Progress(list(tasks.values()), workers=2), io.StringIO()
+    with tqdm(total=1.0, file=said, bar_format="{desc}{postfix}") as bar:
+        for name in ("free", "a"):
+            progress.start(tasks[name])
+        now[0] = 30.0
+        progress.finish(tasks["free"])
+        progress.show(bar)
+        assert bar.n == 0 and "left" not in said.getvalue(), "no estimate from a task that costs nothing"
+        progress.start(tasks["c"])
+        now[0] = 60.0
+        progress.finish(tasks["a"])
+        progress.show(bar)
+    assert bar.n == pytest.approx(1.5 / 8), "one in 60 s, and the one that has run for 30 s"
+    assert "about 3.2 min left" in said.getvalue(), "6.5 minutes of work for two"
 
 
 def test_a_failure_stops_the_rest_and_keeps_what_is_done(tmp_path):

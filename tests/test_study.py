@@ -28,7 +28,9 @@ def make(tmp_path, **parameters):
     ({"seeds": [0, 0]}, "two different"), ({"seeds": [True, False]}, "whole numbers"), ({"seeds": 3}, "seeds=3 has type int"),
     ({"world_seed": -1}, "world_seed=-1"), ({"world_seed": "0"}, "world_seed='0' has type str"),
     ({"alpha": 0}, "alpha=0 is not allowed; allowed: a number above 0 and up to 1"), ({"alpha": "1e-1"}, "alpha='1e-1' has type str"),
-    ({"temperature": 0.0}, "temperature=0.0"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True has type bool"),
+    ({"temperature": 0.0}, "temperature=0.0"), ({"temperature": math.inf}, "temperature=inf is not allowed; allowed: a finite number"),
+    ({"temperature": math.nan}, "temperature=nan"), ({"alpha": math.nan}, "alpha=nan"),
+    ({"preset": "realtext", "world_seed": 7}, "world_seed=7 is not allowed; allowed: 0, because preset 'realtext' has one world"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True has type bool"),
     ({"train_missing": "no"}, "train_missing='no' has type str; allowed: True or False"), ({"results_dir": 5}, "results_dir=5 has type int")])
 def test_bad_parameters_are_named_before_anything_is_made(tmp_path, parameters, message):
     with pytest.raises(ValueError, match=message):
@@ -122,13 +124,36 @@ def test_nothing_is_trained_when_that_is_not_wanted(tmp_path):
         study.run(plan(tmp_path / "r", train_missing=False))
 
 
-def test_records_of_different_data_are_not_mixed(tiny_root, tiny_records, tmp_path):
+@pytest.mark.parametrize("part", ["data", "student", "teacher"])
+def test_records_of_different_copies_are_not_mixed(tiny_records, tmp_path, part):
     root = store.open_folder(tmp_path / "mixed")
-    for i, r in enumerate(tiny_records):
+    for r in tiny_records:
         body = {k: v for k, v in r.items() if k != "checksum"}
-        results.write_record(root, {**body, "provenance": {**r["provenance"], "data_hash": f"copy {i % 2}"}})
-    with pytest.raises(ValueError, match="were made from different data; use one results folder for one copy"):
+        other = {f"{part}_hash": "another"} if r["method"] == "kd" and r["seed"] else {}
+        results.write_record(root, {**body, "provenance": {**r["provenance"], **other}})
+    with pytest.raises(ValueError, match=rf"more than one copy of the {part} \(their {part}_hash differs\)"):
         study.run(plan(root))
+
+
+def test_damaged_claims_are_named_before_anything_is_trained(tmp_path):
+    made = plan(tmp_path / "r")
+    path = made.folder / "claims.json"
+    store.write_atomic(path, '[{"claim": "C1a"')
+    with pytest.raises(ValueError, match=rf"{path} is not a whole list of claims.*delete it and it is made again"):
+        study.run(made)
+    assert not (made.root / "tiny" / "runs").exists() and path.read_text() == '[{"claim": "C1a"'
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_every_teacher_is_tuned_on_all_of_the_training_data(preset):
+    for teacher in preset.teachers.values():
+        assert teacher["tuning"]["steps"] * teacher["tuning"]["batch_size"] >= preset.train_rows
+
+
+def test_rates_between_the_sweeps_budgets_are_interpolated():
+    preset = replace(TINY, learning_rate={"sft": {100: 1e-3, 400: 4e-3, 800: 1e-3}, "kd": {100: 2e-3}})
+    assert [preset.rate("sft", b) for b in (1, 100, 200, 400, 800, 5000)] == [1e-3, 1e-3, 2e-3, 4e-3, 1e-3, 1e-3]
+    assert preset.rate("sft", 566) == pytest.approx(2e-3, rel=0.01) and preset.rate("kd", 50) == preset.rate("kd", 5000) == 2e-3
 
 
 def test_more_rows_than_the_data_has_is_said(tmp_path):

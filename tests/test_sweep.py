@@ -26,20 +26,22 @@ def test_no_sweep_run_is_a_reported_run(preset, tmp_path):
     assert not set(planned.seeds) & set(reported.seeds)
 
 
-def test_the_best_mean_score_is_chosen_and_of_equals_the_smaller_rate():
+def test_at_each_budget_the_best_mean_score_is_chosen_and_of_equals_the_smaller_rate():
     scores = {("kd", 1e-3): (0.2, 0.6), ("kd", 2e-3): (0.5, 0.5), ("sft", 1e-3): (0.4, 0.4), ("sft", 2e-3): (0.3, 0.5)}
     acc = [record(m, r, b, s, "accuracy") for (m, r), pair in scores.items() for b, s in zip((20, 200), pair)]
-    assert sweep.chosen(acc, PRESETS["lab"]) == {"kd": 2e-3, "sft": 1e-3}
+    assert sweep.chosen(acc, PRESETS["lab"]) == {"kd": {20: 2e-3, 200: 1e-3}, "sft": {20: 1e-3, 200: 2e-3}}
+    tied = [record("kd", r, 20, s, "accuracy") for r, s in ((2e-3, 0.5), (1e-3, 0.4), (1e-3, 0.6), (2e-3, 0.5))]
+    assert sweep.chosen(tied, PRESETS["lab"]) == {"kd": {20: 1e-3}}
     bits = [record(m, r, b, s, "bits_per_byte") for (m, r), pair in scores.items() for b, s in zip((20, 200), pair)]
-    assert sweep.chosen(bits, PRESETS["realtext"]) == {"kd": 1e-3, "sft": 1e-3}
-    assert sweep.table(acc, PRESETS["lab"]).n_runs.tolist() == [2] * 4
+    assert sweep.chosen(bits, PRESETS["realtext"]) == {"kd": {20: 1e-3, 200: 2e-3}, "sft": {20: 2e-3, 200: 1e-3}}
+    assert sweep.table(acc, PRESETS["lab"]).n_runs.tolist() == [1] * 8 and sweep.table(tied, PRESETS["lab"]).n_runs.tolist() == [2] * 2
 
 
 def test_main_runs_what_is_missing_and_writes_the_table(tiny_preset, tmp_path, capsys):
     root = tmp_path / "r"
     sweep.main("tiny", str(root), 2)
     table = (root / "tiny" / "tables" / "lr_sweep.csv").read_text()
-    assert table.startswith("method,learning_rate,score,n_runs,chosen\n") and table.count("\n") == 5 and table.count("True") == 2
+    assert table.startswith("method,budget,learning_rate,score,n_runs,chosen\n") and table.count("\n") == 5 and table.count("True") == 2
     assert "chosen: {" in capsys.readouterr().out
 
 
@@ -55,6 +57,7 @@ def test_the_presets_rates_are_what_the_committed_sweep_chose(name):
     records = results.read_records(root, name, planned.ids)
     assert len(records) == len(planned.ids), "the committed sweep is complete"
     assert preset.learning_rate == sweep.chosen(records, preset)
-    for method, rate in preset.learning_rate.items():
-        rates = sorted(preset.sweep["learning_rates"])
-        assert rates[0] < rate < rates[-1], f"{method}'s rate lies inside the grid"
+    rates = sorted(preset.sweep["learning_rates"])
+    for method, choice in preset.learning_rate.items():
+        assert list(choice) == preset.sweep["budgets"]
+        assert rates[0] < min(choice.values()) <= max(choice.values()) < rates[-1], f"{method}'s rates lie inside the grid"

@@ -51,10 +51,11 @@ def test_json_lines_plain_and_gzip_read_the_same(tmp_path):
     assert text.read_jsonl(write(tmp_path / "x.jsonl.gz", rows, gzip.open)) == rows
 
 
-@pytest.mark.parametrize("content, line", [(b'{"a": 1}\n{"a": \n', 2), (b'{"a": 1}\n{"a": 2}\n{"a": "\xff"}\n', 1)])
+@pytest.mark.parametrize("content, line", [(b'{"a": 1}\n{"a": \n', 2), (b'{"a": 1}\n{"a": 2}\n{"a": "\xff"}\n', 3),
+                                           (b'{"a": 1}\n\n[1, 2]\n', 3)])
 def test_a_malformed_line_is_named(tmp_path, content, line):
     (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"bad\.jsonl, line {line}: not a JSON line"):
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line {line}: not a JSON object"):
         text.read_jsonl(tmp_path / "bad.jsonl")
 
 
@@ -112,6 +113,39 @@ def test_corpus_from_a_hub_id_holds_out_one_prompt_in_twenty(hub):
     again = text.corpus(0, pretrain={"hub": hub, "local": "x"}, train=source, test={"local": "y.jsonl"}, validation_rows=20,
                         test_rows=500)
     assert again.train.to_list() == corpus.train.to_list() and again.test.to_list() == corpus.test.to_list()
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "messages must be a list of objects"),
+    ({"messages": "a"}, "messages must be a list"), ({"messages": ["a"]}, "messages must be a list"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "at least one of them an assistant's"),
+    ({"response": "a"}, "neither 'messages' nor 'instruction' and 'response'")])
+def test_a_row_without_a_conversation_is_named_with_its_file(folder, row, message):
+    write(folder / "odd.jsonl", [{"id": "fine", "messages": messages(1)}, {"id": "x", **row}])
+    with pytest.raises(ValueError, match=rf"odd\.jsonl: Row 'x'.*{message}"):
+        text.corpus(0, pretrain=local("plain.jsonl"), train=local("odd.jsonl"), test=local("test.jsonl"), validation_rows=1, test_rows=1)
+
+
+def test_plain_rows_without_text_are_named(folder):
+    corpus = text.corpus(0, pretrain=local("test.jsonl"), train=local("train.jsonl.gz"), test=local("test.jsonl"),
+                         validation_rows=1, test_rows=1)
+    with pytest.raises(ValueError, match=r"test\.jsonl, row 1 has no 'text'; its columns are \['id', 'messages', 'source'\]"):
+        corpus.pretrain()
+
+
+def test_a_source_without_a_matching_row_is_named(folder):
+    with pytest.raises(ValueError, match=r"test\.jsonl has no row with source='dolly' among its 20"):
+        text.load_rows(local("test.jsonl", where={"source": "dolly"}))
+
+
+def test_rows_that_share_a_system_prompt_are_not_duplicates(folder):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"id": i, "messages": [system, *messages(i)]} for i in range(6)]
+    turn = {"id": "again", "messages": [*rows[0]["messages"], {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]}
+    write(folder / "system.jsonl", [*rows, rows[0], turn])
+    corpus = text.corpus(0, pretrain=local("plain.jsonl"), train=local("system.jsonl"), test=local("test.jsonl"),
+                         validation_rows=1, test_rows=1)
+    assert corpus.report["duplicate_prompts_dropped"] == 1 and len(corpus.train) == 6
 
 
 def test_free_text_has_no_verifier():
