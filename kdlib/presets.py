@@ -102,7 +102,8 @@ LAB = Preset(
     train_rows=12800, max_length=64, vocab_size=0, max_new_tokens=12,
     student=_pretrain("student", 1000),
     teachers={"base": {**_pretrain("teacher", 1600), "tuning": {"steps": 800, "learning_rate": 1e-3, "batch_size": 32}}},
-    steps=400, batch_size=32, length_window=1, learning_rate={"sft": {200: 2e-3}, "kd": {200: 1e-3}},
+    steps=400, batch_size=32, length_window=1,
+    learning_rate={"sft": {200: 2e-3, 800: 1e-3, 3200: 1e-3, 12800: 1e-3}, "kd": {200: 4e-3, 800: 1e-3, 3200: 1e-3, 12800: 1e-3}},
     budgets=(200, 400, 800, 1600, 3200, 6400, 12800), seeds=(0, 1, 2, 3, 4, 5, 6),
     metric="accuracy", sweep={"world_seed": 900, "seeds": [100, 101, 102], "budgets": [200, 800, 3200, 12800],
                               "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
