@@ -128,6 +128,12 @@ def test_the_readmes_claims_are_those_of_the_results():
     assert text.count("| lab | C1") == 2 and text.count("| realtext | C1") == 2
 
 
+def test_the_lab_is_as_the_readme_puts_it():
+    table = pd.read_csv(RESULTS / "lab" / "tables" / "data_budget.csv").sort_values("budget")
+    assert table[["sft", "kd"]].iloc[0].max() < 0.5, "both fail most of the test"
+    assert 0 < table.gap.argmax() < len(table) - 1 and table.gap.iloc[-1] < table.gap.max() / 2
+
+
 def test_the_readmes_files_and_make_targets_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text()
