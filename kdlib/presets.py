@@ -124,6 +124,6 @@ REALTEXT = Preset(
     steps=200, batch_size=16, length_window=8, learning_rate={"sft": {100: 2.5e-4}, "kd": {100: 4e-3}},
     budgets=(100, 300, 1000, 3200), seeds=(0, 1, 2),
     metric="bits_per_byte", sweep={"world_seed": 0, "seeds": [100], "budgets": [100, 300, 1000, 3200],
-                                     "learning_rates": [3e-5, 6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
+                                     "learning_rates": [6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
 
 PRESETS = {p.name: p for p in (SMOKE, LAB, REALTEXT)}
