@@ -14,11 +14,13 @@ TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/d
 .PHONY: study smoke test lab sweep outputs readme clean
 
 study: $(READY)
-	@$(BIN)/python -c "from kdlib import store; store.open_folder('$(OUT)')"
-	@mkdir -p $(OUT)/$(PRESET)/notebooks
+	@$(BIN)/python -c "from kdlib import study; study.plan('', {'preset': '$(PRESET)', 'results_dir': '$(OUT)'})"
+	@mkdir -p "$(OUT)/$(PRESET)/notebooks"
 	@set -e; for nb in $(EXPERIMENTS); do echo "== $$nb, preset $(PRESET), results in $(OUT)/$(PRESET)"; \
-	  $(BIN)/papermill $$nb $(OUT)/$(PRESET)/notebooks/$$(basename $$nb) -p preset $(PRESET) -p results_dir $(OUT) \
-	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; done
+	  copy="$(OUT)/$(PRESET)/notebooks/$$(basename $$nb)" part="$(OUT)/$(PRESET)/notebooks/.unfinished.ipynb"; \
+	  $(BIN)/papermill $$nb "$$part" -p preset $(PRESET) -p results_dir "$(OUT)" \
+	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; \
+	  mv "$$part" "$$copy"; done
 	@$(BIN)/python -c "from pathlib import Path; from kdlib import results; \
 	  print(results.claims_table([Path('$(OUT)/$(PRESET)')]).to_string(index=False))"
 
@@ -44,7 +46,7 @@ readme: $(READY)
 	$(BIN)/python -c "from kdlib import results; results.update_readme()"
 
 clean:
-	rm -rf .study .venv .pytest_cache build *.egg-info results/smoke results/.cache
+	rm -rf .study .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants
 
 $(READY): .requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"

@@ -252,6 +252,10 @@ def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: i
                   validation=held["validation"], test=held["test"], vocabulary=vocabulary())
 
 
+def origin(**_) -> None:
+    """None: the world is drawn, not read."""
+
+
 def verifier(world_seed: int):
     """``verify(row, response)`` of a world."""
     return World(world_seed).verify

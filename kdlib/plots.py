@@ -64,7 +64,7 @@ def score_vs_budget(frame: pd.DataFrame, metric: Metric):
     _label_ends(ax, ends)
     _budget_axis(ax, sorted(frame.budget.unique()))
     ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
-    ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget: mean, 95% interval, seeds", fontsize=10, loc="left")
+    ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget: mean, 95% interval, {frame.seed.nunique()} seeds (dots)", fontsize=10, loc="left")
     return fig, pd.DataFrame(rows)
 
 
@@ -76,12 +76,13 @@ def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
     ax.axhline(0, color="0.3", linewidth=1)
     ax.scatter(gaps.budget * 1.04, gaps.gap, s=12, color=STYLE["kd"]["color"], alpha=0.6, linewidths=0)
     ax.errorbar(table.budget, table.gap, [table.gap - table.ci_low, table.ci_high - table.gap], capsize=3, markersize=6, **GAP)
-    for text, height, side in (("KD better", 0.99, "top"), ("SFT better", 0.01, "bottom")):
-        ax.annotate(text, (1.01, height), xycoords="axes fraction", rotation=90, va=side, color="0.3")
+    for text, lift in (("KD better ↑", 7), ("SFT better ↓", -7)):
+        ax.annotate(text, (1.01, 0), xytext=(0, lift), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    va="center", fontsize=9, color="0.3")
     _budget_axis(ax, table.budget)
     ax.set_ylabel(metric.gap_label)
-    ax.set_title(f"Paired gap by data budget: mean, 95% interval, {table.n_seeds.min()} seeds; grey: ±{metric.delta:g}",
-                 fontsize=10, loc="left")
+    ax.set_title(f"Paired gap by data budget: mean, 95% interval, {table.n_seeds.min()} seeds (dots);\n"
+                 f"in the grey band, ±δ = {metric.delta:g}, a gap does not matter", fontsize=10, loc="left")
     return fig, gaps[["budget", "seed", "gap"]].merge(table.rename(columns={"gap": "mean_gap"}), on="budget")
 
 
@@ -108,7 +109,8 @@ def skill_gaps(records: list[dict], metric: Metric):
                     capsize=2, linestyle="none", label=part, **look)
     ax.set_yticks(range(len(order)), [s.replace("_", " ") for s in order])
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-    ax.set_xlabel(f"{metric.gap_label}, 95% interval")
+    ax.set_xlabel(f"{metric.gap_label}: mean and 95% interval over {table.n_seeds.min()} seeds, not adjusted for looking at "
+                  f"{len(order)} skills", fontsize=9)
     return fig, table
 
 

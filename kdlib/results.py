@@ -16,6 +16,7 @@ from kdlib import store
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIELDS = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed", "metrics", "items",
           "config", "provenance", "checksum")
+CLAIM_FIELDS = ("claim", "preset", "world_seeds", "contrast", "estimate", "ci_low", "ci_high", "n_seeds", "delta", "verdict", "run_ids")
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "scipy")
 
 
@@ -53,7 +54,11 @@ def read_record(path: Path) -> dict:
     if missing:
         raise ValueError(f"Run record {path} lacks {', '.join(missing)}; {remedy}")
     body = {k: v for k, v in record.items() if k != "checksum"}
-    if record["checksum"] != store.digest(body, 64):
+    try:
+        seal = store.digest(body, 64)
+    except ValueError:  # NaN, which no record has
+        seal = None
+    if record["checksum"] != seal:
         raise ValueError(f"Run record {path} was changed after it was written (its checksum does not match); {remedy}")
     if record["run_id"] != path.stem or record["run_id"] != run_id(record["config"]):
         raise ValueError(f"Run record {path} does not belong under that name (its run_id is {record['run_id']}); {remedy}")
@@ -134,8 +139,10 @@ def read_claims(folder: Path) -> list[dict]:
     path = folder / "claims.json"
     try:
         claims = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if any(c.keys() != set(CLAIM_FIELDS) for c in claims):
+            raise ValueError("a claim lacks a field")
         return sorted(claims, key=lambda c: (c["claim"], c["world_seeds"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole list of claims (truncated or edited?); restore it, or delete it and it is made "
                          "again from the run records.") from error
 

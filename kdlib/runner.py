@@ -41,8 +41,11 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
             ready = [] if failure else [t for t in waiting if done.issuperset(t.needs)][:workers - len(running)]
             for task in ready:
                 waiting.remove(task)
-                running[pool.submit(task.function, *task.arguments)] = task
-                progress.start(task)
+                try:
+                    running[pool.submit(task.function, *task.arguments)] = task
+                    progress.start(task)
+                except BrokenProcessPool as error:
+                    failure = failure or error
             finished, _ = wait(running, timeout=20, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = running.pop(future)

@@ -73,12 +73,20 @@ def path(root: Path, kind: str, spec: dict) -> Path:
 def make(root: str, kind: str, spec: dict) -> str:
     """Make an artefact unless it is there, and return its folder."""
     builders = {"data": _build_data, "base": _build_base, "teacher": _build_teacher}
-    return str(store.artefact(Path(root), kind, spec, lambda folder: builders[kind](Path(root), spec, folder)))
+    origin = None
+    if kind == "data":
+        module, source = _source(spec)
+        origin = module.origin(**source)
+    return str(store.artefact(Path(root), kind, spec, lambda folder: builders[kind](Path(root), spec, folder), origin))
+
+
+def _source(spec: dict):
+    return SOURCES[spec["source"]["kind"]], {k: v for k, v in spec["source"].items() if k != "kind"}
 
 
 def _corpus(spec: dict) -> data.Corpus:
-    source = {k: v for k, v in spec["source"].items() if k != "kind"}
-    return SOURCES[spec["source"]["kind"]].corpus(spec["world_seed"], **source)
+    module, source = _source(spec)
+    return module.corpus(spec["world_seed"], **source)
 
 
 def _build_data(root: Path, spec: dict, folder: Path) -> None:

@@ -81,13 +81,23 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baselin
 def item_interval(items: pd.DataFrame, metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
     """The gap of one budget with test items as the unit, each item's difference averaged over seeds first.
 
-    It says how far other test items could move the gap, not how far other training runs could. Bits per byte is a ratio of
-    sums, so its items are weighted by their bytes.
+    It says how far other test items could move the gap, not how far other training runs could. Accuracy is a mean over
+    skills, so its items vary about their skill's mean; bits per byte is a ratio of sums, so its items vary about the ratio
+    times their bytes (the delta method: Cochran 1977, sections 5.3 and 6.3).
     """
-    means = items.groupby(["method", "item"])["score"].mean().unstack(0)
-    difference = (means[method] - means[baseline]) * (1 if metric.higher_is_better else -1)
-    weight = items.groupby("item")["weight"].first()
-    return paired_interval(difference / weight.loc[difference.index].mean())
+    difference = items.pivot_table(index="item", columns="method", values="score")
+    difference = (difference[method] - difference[baseline]) * (1 if metric.higher_is_better else -1)
+    item = items.groupby("item")[["skill", "weight"]].first().loc[difference.index]
+    estimate = float(difference.sum() / item.weight.sum())
+    if metric.name == "accuracy":
+        residual, strata = difference - difference.groupby(item.skill).transform("mean"), item.skill.nunique()
+    else:
+        residual, strata = difference - estimate * item.weight, 1
+    n = len(difference)
+    error = float(np.sqrt(n * (residual**2).sum() / (n - strata)) / item.weight.sum())
+    half = float(scipy_stats.t.ppf(0.975, n - strata)) * error
+    p = 2 * float(scipy_stats.t.sf(abs(estimate) / error, n - strata)) if error else float(estimate == 0)
+    return Interval(estimate, estimate - half, estimate + half, n, p)
 
 
 def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:

@@ -57,7 +57,8 @@ def open_folder(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not marker.is_file():
-            if any(p.name != ".gitignore" for p in path.iterdir()):
+            strangers = [p for p in path.iterdir() if p.name != ".gitignore" and not p.name.startswith(f".{MARKER}.")]
+            if strangers and not marker.is_file():  # another runner may have made it just now
                 raise ValueError(f"results_dir={str(path)!r} holds files of something else (no {MARKER} in it); "
                                  "give a new or empty folder, or one that this study made.")
             write_atomic(marker, json.dumps(FORMAT) + "\n")
@@ -86,10 +87,11 @@ def artefact_path(root: Path, kind: str, spec: dict) -> Path:
     return root / ".cache" / f"{kind}-{digest(spec)}"
 
 
-def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None]) -> Path:
+def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], origin: dict | None = None) -> Path:
     """The folder that ``build(folder)`` fills for ``spec``: made once, by one process, and checked at every use.
 
-    Raises ValueError if a file no longer has the hash in the manifest; the folder is left as it is.
+    ``origin`` tells which files outside it was made from. Raises ValueError if they have changed, or if a file no longer has
+    the hash in the manifest; the folder is left as it is.
     """
     path = artefact_path(root, kind, spec)
     with lock(root, path.name):
@@ -100,11 +102,15 @@ def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None]) -
             try:
                 build(work)
                 files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
-                write_atomic(work / "manifest.json", json.dumps({"spec": spec, "files": files}, indent=1))
+                write_atomic(work / "manifest.json", json.dumps({"spec": spec, "origin": origin, "files": files}, indent=1))
                 os.replace(work, path)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-    for name, wanted in manifest(path)["files"].items():
+    found = manifest(path)
+    if origin and found["origin"] and found["origin"] != origin:
+        raise ValueError(f"Cached artefact {path} was made from other files than those at hand ({', '.join(origin)}); give a "
+                         "results_dir of its own for each.")
+    for name, wanted in found["files"].items():
         if not (path / name).is_file() or file_hash(path / name) != wanted:
             raise ValueError(f"Cached artefact {path} is damaged: {name} does not have the hash {wanted[:12]}… of its "
                              "manifest; delete that folder and it is made again.")
@@ -114,8 +120,9 @@ def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None]) -
 def manifest(path: Path) -> dict:
     """The manifest of an artefact folder. Raises ValueError if it is missing or unreadable."""
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return {"origin": found.get("origin"), "files": dict(found["files"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Cached artefact {path} has no readable manifest.json; delete that folder and it is made again."
                          ) from error
 

@@ -98,7 +98,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
     budgets = numbers("budgets", 1, size, preset.budgets,
                       f"a list of at least two different whole numbers from 1 to {size}, the rows of preset {name!r}")
     seeds = numbers("seeds", 0, 2**31, preset.seeds,
-                    "a list of at least two different whole numbers from 0, because an interval needs two")
+                    "a list of at least two different whole numbers from 0 to 2**31, because an interval needs two")
     world = check("world_seed", given.get("world_seed", 0), int,
                   "a whole number from 0" if preset.many_worlds else f"0, because preset {name!r} has one world",
                   lambda v: v >= 0 and (preset.many_worlds or v == 0))
@@ -140,22 +140,44 @@ def run(plan: Plan) -> list[dict]:
     the records were made from different data, students or teachers.
     """
     results.read_claims(plan.folder)
-    have = {r["run_id"] for r in results.read_records(plan.root, plan.preset.name, plan.ids)}
+    found = results.read_records(plan.root, plan.preset.name, plan.ids)
+    have = {r["run_id"] for r in found}
     missing = [c for c in plan.configs if results.run_id(c) not in have]
+    at_hand = store.artefact_path(plan.root, "data", plan.configs[0]["data"])
+    if at_hand.is_dir():
+        _check_one_origin([*found, {"provenance": {"data_hash": store.content_hash(at_hand)}}], plan)
     print(f"{len(have)} of {len(plan.ids)} runs found in {plan.preset.name}/runs; {len(missing)} to train.")
     if missing and not plan.train_missing:
         raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs are missing, the first of them "
                          f"{results.run_id(missing[0])}; allowed: True, or a folder that holds them.")
     if missing:
-        runner.compute(tasks(missing, plan), plan.workers)
+        todo = tasks(missing, plan)
+        if have:  # made elsewhere, perhaps, where the same specification gives other models
+            runner.compute([t for t in todo if t.function is not execute], plan.workers)
+            _check_one_origin(found + [{"provenance": _hashes(plan.root, c)} for c in missing], plan)
+        runner.compute(todo, plan.workers)
     records = results.read_records(plan.root, plan.preset.name, plan.ids)
     if len(records) != len(plan.ids):
         raise RuntimeError(f"{len(plan.ids) - len(records)} of {len(plan.ids)} runs are still missing; run again to go on.")
-    for part in ("data", "student", "teacher"):
-        if len({r["provenance"][f"{part}_hash"] for r in records} - {None}) > 1:
-            raise ValueError(f"The records in {plan.root / plan.preset.name / 'runs'} come from more than one copy of the {part} "
-                             f"(their {part}_hash differs) and cannot be compared; use one results folder for each.")
+    _check_one_origin(records, plan)
     return records
+
+
+def _check_one_origin(records: list[dict], plan: Plan) -> None:
+    for part in ("data", "student", "teacher"):
+        if len({r["provenance"].get(f"{part}_hash") for r in records} - {None}) > 1:
+            raise ValueError(f"Runs of {plan.root / plan.preset.name / 'runs'} come from more than one copy of the {part} (their "
+                             f"{part}_hash differs) and cannot be compared; give a new results_dir, and all of it is made here.")
+
+
+def _hashes(root: Path, config: dict) -> dict:
+    """Content hashes of the artefacts of a run."""
+    from kdlib import stages
+
+    base, tuned = stages.model_specs(config)
+    specs = {"data": ("data", config["data"]), "student": ("base", base), "teacher": ("teacher", tuned)}
+    return {f"{name}_hash": store.content_hash(stages.path(root, kind, spec)) if spec else None
+            for name, (kind, spec) in specs.items()}
 
 
 def tasks(configs: list[dict], plan: Plan) -> list[runner.Task]:
@@ -167,7 +189,8 @@ def tasks(configs: list[dict], plan: Plan) -> list[runner.Task]:
         needs = []
         for kind, spec in stages.needed(config):
             key = f"{kind}-{store.digest(spec)}"
-            out.setdefault(key, runner.Task(key, stages.make, (str(plan.root), kind, spec), tuple(needs), stages.cost(kind, spec)))
+            cost = 0.0 if stages.path(plan.root, kind, spec).is_dir() else stages.cost(kind, spec)
+            out.setdefault(key, runner.Task(key, stages.make, (str(plan.root), kind, spec), tuple(needs), cost))
             if kind != "data":
                 needs = [n for n in needs if not n.startswith("data")]
             needs.append(key)
@@ -219,10 +242,7 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     metrics, items = evaluate.evaluate(student, tokenizer, held, verify=bundle.verify, max_new_tokens=config["max_new_tokens"],
                                        clean=bundle.clean.get(config["split"]), teacher=teacher)
     metrics["train_loss"] = log["train_loss"]
-    hashes = {"data_hash": store.content_hash(stages.path(root, "data", config["data"])),
-              "student_hash": store.content_hash(stages.path(root, "base", base)),
-              "teacher_hash": store.content_hash(stages.path(root, "teacher", tuned)) if tuned else None}
-    provenance = {**results.environment(), **hashes, "device": str(student.device),
+    provenance = {**results.environment(), **_hashes(root, config), "device": str(student.device),
                   "dtype": str(student.dtype).removeprefix("torch."),
                   "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
                   "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),

@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from kdlib.data import Corpus
+from kdlib.store import file_hash
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -40,7 +41,7 @@ def load_rows(source: dict) -> list[dict]:
         path = Path(root) / source["local"]
         if not path.is_file():
             raise FileNotFoundError(f"KDLIB_DATA={root!r} has no file {source['local']!r}; point KDLIB_DATA at the folder "
-                                    f"that holds it, or unset it to load {source['hub']!r} from the hub.")
+                                    "that holds it, or unset it to load all data from the hub.")
         rows, where = read_jsonl(path), source.get("where", {})
         kept = [r for r in rows if all(r.get(k) == v for k, v in where.items())]
         if not kept:
@@ -92,6 +93,13 @@ def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validati
     return Corpus(pretrain=lambda: _plain(pretrain),
                   train=Dataset.from_list(rows[validation_rows:]),
                   validation=Dataset.from_list(rows[:validation_rows]), test=Dataset.from_list(tests), report=report)
+
+
+def origin(**source) -> dict[str, str] | None:
+    """SHA-256 of the local files that :func:`corpus` reads with these arguments; None if it reads from the hub."""
+    root = os.environ.get("KDLIB_DATA")
+    paths = [Path(root) / source[part]["local"] for part in ("pretrain", "train", "test")] if root else []
+    return {p.name: file_hash(p) for p in paths if p.is_file()} or None
 
 
 def _plain(source: dict) -> list[str]:

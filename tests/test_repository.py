@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -75,7 +76,10 @@ def committed(name):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_committed_record_is_whole_and_belongs_to_a_design(name):
-    ids = {p.stem for p in (RESULTS / name / "runs").glob("*.json")}
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", f"results/{name}/runs"], capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    ids = {Path(p).stem for p in tracked.stdout.split()}  # a reader's own runs beside them do no harm
     assert ids == set(committed(name).ids) | set(sweep.plan(PRESETS[name], RESULTS).ids)
     for r in results.read_records(RESULTS, name, sorted(ids)):
         assert r["provenance"]["code_dirty"] is False and len(r["provenance"]["code_version"]) == 40
@@ -130,7 +134,6 @@ def test_the_readmes_claims_are_those_of_the_results():
 
 def test_the_lab_is_as_the_readme_puts_it():
     table = pd.read_csv(RESULTS / "lab" / "tables" / "data_budget.csv").sort_values("budget")
-    assert table[["sft", "kd"]].iloc[0].max() < 0.5, "both fail most of the test"
     assert 0 < table.gap.argmax() < len(table) - 1 and table.gap.iloc[-1] < table.gap.max() / 2
 
 

@@ -39,7 +39,7 @@ def test_a_record_is_never_written_over(tmp_path, record):
     (lambda text: "", "is not a file of whole JSON"),
     (lambda text: text.replace("0.25", "0.95"), "was changed after it was written"),
     (lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "items"}), "lacks items"),
-    (lambda text: "[]", "lacks run_id")])
+    (lambda text: text.replace("0.25", "NaN"), "was changed after it was written"), (lambda text: "[]", "lacks run_id")])
 def test_a_damaged_record_is_named_and_left_alone(tmp_path, record, damage, message):
     results.write_record(tmp_path, record)
     path = results.record_path(tmp_path, "lab", record["run_id"])
@@ -106,7 +106,7 @@ def test_claims_replace_only_their_own(tmp_path):
     assert [(c["claim"], c["world_seeds"], c["estimate"]) for c in found] == [("C1a", [0], 0.2), ("C1a", [1], 0.3), ("C1b", [0], 0.1)]
 
 
-@pytest.mark.parametrize("content", ["[{", '{"claim": "C1a"}', '["C1a"]'])
+@pytest.mark.parametrize("content", ["[{", '{"claim": "C1a"}', '["C1a"]', '[{"claim": "C1a", "world_seeds": [0]}]'])
 def test_damaged_claims_are_named_and_kept(tmp_path, content):
     (tmp_path / "claims.json").write_text(content)
     for call in (lambda: results.write_claims([claim("C1a")], tmp_path), lambda: results.claims_table([tmp_path])):

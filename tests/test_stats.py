@@ -113,7 +113,7 @@ def test_gap_table_has_holm_over_budgets():
 
 def test_item_interval_averages_seeds_first():
     rows = [{"method": m, "seed": s, "item": f"q{i}", "score": float((m == "kd" and i < 6) or (m == "sft" and i < 3 and s == 0)),
-             "weight": 1} for m in ("kd", "sft") for s in (0, 1) for i in range(10)]
+             "skill": "add", "weight": 1} for m in ("kd", "sft") for s in (0, 1) for i in range(10)]
     found = stats.item_interval(pd.DataFrame(rows), ACC)
     by_item = [0.5] * 3 + [1.0] * 3 + [0.0] * 4
     assert found.n == 10 and found.estimate == pytest.approx(np.mean(by_item))
@@ -122,5 +122,32 @@ def test_item_interval_averages_seeds_first():
 
 def test_item_interval_of_bits_is_the_gap_in_bits_per_byte():
     bits = {"sft": [30.0, 8.0, 100.0], "kd": [24.0, 9.0, 80.0]}
-    rows = [{"method": m, "seed": 0, "item": i, "score": bits[m][i], "weight": w} for m in bits for i, w in enumerate((10, 4, 26))]
+    rows = [{"method": m, "seed": 0, "item": i, "skill": "all", "score": bits[m][i], "weight": w}
+            for m in bits for i, w in enumerate((10, 4, 26))]
     assert stats.item_interval(pd.DataFrame(rows), BPB).estimate == pytest.approx((138 - 113) / 40)
+
+
+@pytest.mark.parametrize("metric", [ACC, BPB], ids=["accuracy", "bits"])
+def test_item_intervals_are_as_wide_as_the_bootstraps(metric):
+    """Accuracy redraws items within skills of unequal size; bits per byte redraws answers of unequal length."""
+    rng = np.random.default_rng(0)
+    skill = np.repeat(["a", "b", "c"], [150, 50, 100])
+    weight = np.ones(300) if metric is ACC else rng.integers(3, 400, 300).astype(float)
+    chance = {"a": 0.9, "b": 0.2, "c": 0.5}
+    if metric is ACC:
+        size = np.array([300 / 3 / (skill == s).sum() for s in skill])
+        scores = {m: size * (rng.random(300) < [chance[s] + lift for s in skill]) for m, lift in (("kd", 0.1), ("sft", 0.0))}
+    else:
+        scores = {"sft": weight * rng.normal(2.6, 0.4, 300)}
+        scores["kd"] = scores["sft"] - weight * rng.normal(0.2, 0.1, 300)
+    rows = pd.concat([pd.DataFrame({"method": m, "seed": 0, "item": range(300), "skill": skill, "score": scores[m], "weight": weight})
+                      for m in scores])
+    found = stats.item_interval(rows, metric)
+    difference = (scores["kd"] - scores["sft"]) * (1 if metric.higher_is_better else -1)
+    groups = [np.flatnonzero(skill == s) for s in "abc"] if metric is ACC else [np.arange(300)]
+    draws = []
+    for _ in range(4000):
+        drawn = np.concatenate([rng.choice(g, len(g)) for g in groups])
+        draws.append(difference[drawn].sum() / weight[drawn].sum())
+    assert found.estimate == pytest.approx(difference.sum() / weight.sum())
+    assert (found.high - found.low) / 2 == pytest.approx(1.968 * np.std(draws), rel=0.06)

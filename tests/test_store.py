@@ -39,6 +39,11 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
+def test_what_a_killed_opening_left_is_no_stranger(tmp_path):
+    (tmp_path / f".{store.MARKER}.x1y2").write_text("")
+    assert json.loads((store.open_folder(tmp_path) / store.MARKER).read_text()) == store.FORMAT
+
+
 def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"results_dir='.*file/under' cannot be written \(Not a directory\)"):
@@ -85,6 +90,15 @@ def test_what_a_killed_build_left_is_swept_away(tmp_path):
     assert not leftover.exists() and path.is_dir()
 
 
+def test_an_artefact_of_files_that_changed_is_refused_and_kept(tmp_path):
+    path = store.artefact(tmp_path, "thing", {"a": 1}, _slow_build, {"rows.jsonl": "hash 1"})
+    assert store.artefact(tmp_path, "thing", {"a": 1}, _slow_build, {"rows.jsonl": "hash 1"}) == path
+    assert store.artefact(tmp_path, "thing", {"a": 1}, _slow_build) == path, "the files need not be there any more"
+    with pytest.raises(ValueError, match=r"made from other files than those at hand \(rows.jsonl\); give a results_dir of its own"):
+        store.artefact(tmp_path, "thing", {"a": 1}, _slow_build, {"rows.jsonl": "hash 2"})
+    assert path.is_dir()
+
+
 @pytest.mark.parametrize("damage", ["edit", "delete", "manifest"])
 def test_a_damaged_artefact_is_refused_and_kept(tmp_path, damage):
     path = store.artefact(tmp_path, "thing", {"a": 1}, _slow_build)
@@ -93,7 +107,7 @@ def test_a_damaged_artefact_is_refused_and_kept(tmp_path, damage):
     elif damage == "delete":
         (path / "who").unlink()
     else:
-        (path / "manifest.json").write_text("{")
+        (path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"Cached artefact {path} .*delete that folder and it is made again"):
         store.artefact(tmp_path, "thing", {"a": 1}, _slow_build)
     assert path.is_dir()

@@ -72,8 +72,26 @@ def test_local_rows_are_filtered(folder):
 
 
 def test_a_missing_local_file_names_both_remedies(folder):
-    with pytest.raises(FileNotFoundError, match=r"has no file 'absent.jsonl'.*KDLIB_DATA.*'someone/something'"):
+    with pytest.raises(FileNotFoundError, match=r"has no file 'absent.jsonl'.*KDLIB_DATA.*from the hub"):
         text.load_rows(local("absent.jsonl"))
+
+
+@pytest.mark.parametrize("gone", ["train.jsonl.gz", "test.jsonl", "plain.jsonl"])
+def test_each_missing_file_is_named(folder, gone):
+    (folder / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"has no file '{gone}'; point KDLIB_DATA at the folder"):
+        text.corpus(0, pretrain=local("plain.jsonl"), train=local("train.jsonl.gz"), test={"local": "test.jsonl"}, validation_rows=1,
+                    test_rows=1).pretrain()
+
+
+def test_the_origin_is_the_local_files_content(folder, monkeypatch):
+    source = {"pretrain": local("plain.jsonl"), "train": local("train.jsonl.gz"), "test": {"local": "test.jsonl"}}
+    first = text.origin(**source, validation_rows=1)
+    assert list(first) == ["plain.jsonl", "train.jsonl.gz", "test.jsonl"] and first == text.origin(**source)
+    write(folder / "plain.jsonl", [{"text": "It was a dark night."}])
+    assert {n for n in first if first[n] != text.origin(**source)[n]} == {"plain.jsonl"}
+    monkeypatch.delenv("KDLIB_DATA")
+    assert text.origin(**source) is None
 
 
 def test_an_unreachable_hub_names_both_remedies(hub, tmp_path):
