@@ -64,7 +64,8 @@ def score_vs_budget(frame: pd.DataFrame, metric: Metric):
     _label_ends(ax, ends)
     _budget_axis(ax, sorted(frame.budget.unique()))
     ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
-    ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget: mean, 95% interval, {frame.seed.nunique()} seeds (dots)", fontsize=10, loc="left")
+    ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget:\n"
+                 f"mean, 95% interval, {frame.seed.nunique()} seeds (dots)", fontsize=10, loc="left")
     return fig, pd.DataFrame(rows)
 
 

@@ -90,10 +90,10 @@ SMOKE = Preset(
     name="smoke", about="a tiny grid of the lab world for tests",
     source={"kind": "lab", "pretrain_lines": 20000, "pool_rows": 1600, "test_rows": 200, "unseen_rows": 60},
     train_rows=1600, max_length=64, vocab_size=0, max_new_tokens=10,
-    student=_pretrain("nano", 350, batch_size=24),
-    teachers={"base": {**_pretrain("micro", 350, batch_size=24),
-                       "tuning": {"steps": 120, "learning_rate": 2e-3, "batch_size": 32}}},
-    steps=80, batch_size=16, length_window=1, learning_rate={"sft": {100: 2e-3}, "kd": {100: 2e-3}}, budgets=(100, 1600), seeds=(0, 1),
+    student=_pretrain("nano", 500, batch_size=24),
+    teachers={"base": {**_pretrain("micro", 500, batch_size=24),
+                       "tuning": {"steps": 200, "learning_rate": 2e-3, "batch_size": 32}}},
+    steps=100, batch_size=16, length_window=1, learning_rate={"sft": {100: 2e-3}, "kd": {100: 2e-3}}, budgets=(100, 1600), seeds=(0, 1),
     metric="accuracy", sweep={"world_seed": 900, "seeds": [100], "budgets": [100, 1600], "learning_rates": [1e-3, 2e-3]})
 
 LAB = Preset(

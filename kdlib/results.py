@@ -16,7 +16,8 @@ from kdlib import store
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIELDS = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed", "metrics", "items",
           "config", "provenance", "checksum")
-CLAIM_FIELDS = ("claim", "preset", "world_seeds", "contrast", "estimate", "ci_low", "ci_high", "n_seeds", "delta", "verdict", "run_ids")
+CLAIM_FIELDS = ("claim", "preset", "world_seeds", "contrast", "estimate", "ci_low", "ci_high", "n_seeds", "delta", "verdict",
+                "run_ids")
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "scipy")
 
 

@@ -77,9 +77,9 @@ def to_messages(row: dict) -> list[dict]:
 def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validation_rows: int, test_rows: int) -> Corpus:
     """Human-written instructions as a :class:`~kdlib.data.Corpus`; there is one such world, whatever ``world_seed``.
 
-    Exact duplicates of a prompt (all that is said before or between the answers) are dropped, and so is every training row whose prompt is held out. Where the ``test``
-    source cannot be had (the hub has no such split), one row in twenty is held out, chosen by a hash of its prompt.
-    Validation rows come from the training source.
+    Exact duplicates of a prompt (all that is said before or between the answers) are dropped, and so is every training row
+    whose prompt is held out. Where the ``test`` source cannot be had (the hub has no such split), one row in twenty is held
+    out, chosen by a hash of its prompt. Validation rows come from the training source.
     """
     pool, read = _conversations(train)
     if test.get("hub") or os.environ.get("KDLIB_DATA"):
