@@ -121,7 +121,8 @@ REALTEXT = Preset(
     student=_pretrain("text-student", 600, batch_size=16, block=256, max_tokens=4_000_000),
     teachers={"base": {**_pretrain("text-teacher", 600, batch_size=16, block=256, max_tokens=4_000_000),
                        "tuning": {"steps": 750, "learning_rate": 1e-3, "batch_size": 16, "length_window": 8}}},
-    steps=200, batch_size=16, length_window=8, learning_rate={"sft": {100: 2.5e-4}, "kd": {100: 4e-3}},
+    steps=200, batch_size=16, length_window=8,
+    learning_rate={"sft": {100: 0.000125, 300: 0.00025, 1000: 0.002, 3200: 0.004}, "kd": {100: 0.004, 300: 0.004, 1000: 0.004, 3200: 0.004}},
     budgets=(100, 300, 1000, 3200), seeds=(0, 1, 2),
     metric="bits_per_byte", sweep={"world_seed": 0, "seeds": [100], "budgets": [100, 300, 1000, 3200],
                                      "learning_rates": [6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
