@@ -4,6 +4,7 @@ A dataset here is an ordinary ``datasets.Dataset`` with a ``messages`` column. :
 ``input_ids`` and ``labels`` (-100 outside assistant turns) with the tokenizer's own chat template.
 """
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,20 +151,53 @@ def stream(rows: list[int], steps: int, batch_size: int, seed: int, lengths: lis
     return order
 
 
+def example_key(identifier: str) -> int:
+    """A 63-bit key of an example's id, so that a batch can name its examples in a tensor."""
+    return int.from_bytes(hashlib.blake2b(str(identifier).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def bins(lengths: list[int], width: int) -> list[list[int]]:
+    """Indices of ``lengths`` in bins of at most ``width``: longest first, each into the first bin with room."""
+    room: list[int] = []
+    out: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((j for j, r in enumerate(room) if r >= lengths[i]), len(room))
+        if place == len(room):
+            room.append(width)
+            out.append([])
+        room[place] -= lengths[i]
+        out[place].append(i)
+    return out
+
+
 @dataclass
 class Collator:
-    """Pad ``input_ids`` and ``labels`` to the longest row of the batch (on the right)."""
+    """Batches of ``input_ids`` and ``labels``, padded on the right to the longest row.
+
+    With ``pack``, rows share sequences of twice that length where it saves a tenth: ``position_ids`` start anew with each
+    row, and no row sees another. Rows with an ``id`` add ``example``, in the order in which they stand.
+    """
 
     pad_token_id: int
+    pack: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        width = max(len(r["input_ids"]) for r in rows)
-        batch = {"input_ids": torch.full((len(rows), width), self.pad_token_id),
-                 "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
-                 "labels": torch.full((len(rows), width), IGNORE)}
-        for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            batch["input_ids"][i, :n] = torch.as_tensor(row["input_ids"])
-            batch["attention_mask"][i, :n] = 1
-            batch["labels"][i, :n] = torch.as_tensor(row["labels"])
+        lengths = [len(r["input_ids"]) for r in rows]
+        width, places = max(lengths), [[i] for i in range(len(rows))]
+        packed = bins(lengths, 2 * width) if self.pack else places
+        if shared := 2 * len(packed) <= 0.9 * len(rows):
+            width, places = 2 * width, packed
+        columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids" if shared else "attention_mask": []}
+        for place in places:
+            ids, labels, marks = [], [], []
+            for i in place:
+                ids += rows[i]["input_ids"]
+                labels += [IGNORE, *rows[i]["labels"][1:]]  # nothing before a row predicts its first token
+                marks += range(lengths[i]) if shared else [1] * lengths[i]
+            rest = width - len(ids)
+            for column, part, filler in zip(columns.values(), (ids, labels, marks), (self.pad_token_id, IGNORE, 0)):
+                column.append(part + [filler] * rest)
+        batch = {name: torch.tensor(column) for name, column in columns.items()}
+        if "id" in rows[0]:
+            batch["example"] = torch.tensor([example_key(rows[i]["id"]) for place in places for i in place])
         return batch

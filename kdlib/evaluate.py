@@ -7,33 +7,24 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from kdlib.data import Collator
-from kdlib.trainer import response_logits, response_rows
+from kdlib.inference import generate, response_logits, response_rows
 
 BATCH = 64
 
 
-@torch.inference_mode()
-def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
-    """Greedy replies to ``conversations`` (each ends with a user turn), batched by length with left padding."""
+def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+    """What the model answers to ``conversations`` (each ends with a user turn), as text."""
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
-    replies = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), 4 * BATCH):
-        chunk = order[start:start + 4 * BATCH]
-        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt").to(model.device)
-        out = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                             eos_token_id=tokenizer.eos_token_id)
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
-        for i, text in zip(chunk, texts):
-            replies[i] = text
-    return replies
+    answers = generate(model, prompts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                       eos_token_id=tokenizer.eos_token_id, temperature=temperature)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int]:
     """1 for every row whose greedy reply verifies, else 0."""
-    replies = generate(model, tokenizer, [m[:-1] for m in rows["messages"]], max_new_tokens)
+    said = replies(model, tokenizer, [m[:-1] for m in rows["messages"]], max_new_tokens)
     keys = [k for k in rows.column_names if k not in ("messages", "input_ids", "labels")]
-    return [int(verify(row, reply)) for row, reply in zip(rows.select_columns(keys), replies)]
+    return [int(verify(row, reply)) for row, reply in zip(rows.select_columns(keys), said)]
 
 
 def macro(outcomes: list[int], groups: list[str]) -> tuple[float, dict[str, float]]:

@@ -222,14 +222,20 @@ class World:
         return Dataset.from_list(out)
 
     def base_text(self, lines: int) -> list[str]:
-        """Pre-training text: raw facts and worked examples; one line in eight is a question without an answer."""
+        """Pre-training text: raw facts and worked examples; one line in eight is a question without an answer.
+
+        Statements cover every split, because a base model may know what it is later asked; the questions are the training
+        split's, in seen phrasings, so no held-out prompt stands here.
+        """
         rng = random.Random(f"{self.world_seed} base text")
         out = []
         for _ in range(lines):
             skill = rng.choice(SKILLS)
-            question = self.question(skill, rng)
-            forms = PHRASINGS if rng.random() < 0.125 else STATEMENTS
-            out.append(rng.choice(forms[skill]).format(**question.slots, answer=question.answer))
+            if rng.random() < 0.125:
+                out.append(self.example(skill, "train", "seen", rng)["messages"][0]["content"])
+            else:
+                question = self.question(skill, rng)
+                out.append(rng.choice(STATEMENTS[skill]).format(**question.slots, answer=question.answer))
         return out
 
 

@@ -61,6 +61,27 @@ def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> Llama
     return LlamaForCausalLM(config)
 
 
+def common_vocabulary(student, teacher, student_width: int, teacher_width: int) -> int | None:
+    """The number of tokens that two tokenizers share, id by id; heads may be padded beyond it. None without tokenizers.
+
+    Raises ValueError, naming tokens, if an id means different things, and if widths differ with no tokenizers to compare.
+    """
+    if student is None or teacher is None:
+        if student_width != teacher_width:
+            raise ValueError(f"The student predicts {student_width} tokens and the teacher {teacher_width}; give both tokenizers, "
+                             "so that it can be seen whether the extra columns are padding.")
+        return None
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    odd = sorted((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=lambda t: ours.get(t, -1))
+    if odd:
+        some = ", ".join(f"{t!r} ({ours.get(t)} and {theirs.get(t)})" for t in odd[:3])
+        raise ValueError(f"Student and teacher need the same token ids, but {len(odd)} tokens differ, among them {some}.")
+    size = max(ours.values()) + 1
+    if size > min(student_width, teacher_width):
+        raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's {teacher_width}.")
+    return size
+
+
 def load(path: str | Path, device: str | torch.device = "cpu"):
     """``(model, tokenizer)`` from a folder that :func:`save` or any ``save_pretrained`` wrote; safetensors only."""
     model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval()

@@ -98,8 +98,8 @@ SMOKE = Preset(
 
 LAB = Preset(
     name="lab", about="the lab world on a laptop's processor",
-    source={"kind": "lab", "pretrain_lines": 200000, "pool_rows": 12800, "test_rows": 600, "unseen_rows": 300},
-    train_rows=12800, max_length=64, vocab_size=0, max_new_tokens=12,
+    source={"kind": "lab", "pretrain_lines": 200000, "pool_rows": 16000, "test_rows": 600, "unseen_rows": 300},
+    train_rows=16000, max_length=64, vocab_size=0, max_new_tokens=12,
     student=_pretrain("student", 1000),
     teachers={"base": {**_pretrain("teacher", 1600), "tuning": {"steps": 800, "learning_rate": 1e-3, "batch_size": 32}}},
     steps=400, batch_size=32, length_window=1,

@@ -23,22 +23,20 @@ class Task(NamedTuple):
     cost: float
 
 
-def compute(tasks: list[Task], workers: int = 0) -> None:
+def compute(tasks: list[Task], workers: int = 0, executor: str = "processes") -> None:
     """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
 
-    ``workers=0`` takes one per core, or one in all where an accelerator does the work. A task that fails stops the rest
-    from starting; what was running finishes, and the error is raised.
+    ``executor`` is "processes" on this machine, or "ray" for a Ray cluster (the one that RAY_ADDRESS names, or a local one),
+    whose machines share the results folder. ``workers=0`` takes one per core, or one in all where an accelerator does the work;
+    on Ray as many as the cluster has. A task that fails stops the rest from starting; what was running finishes, and the error is
+    raised. A worker of Ray's that dies is replaced and its task done again.
     """
-    import torch
-
-    workers = min(workers or (1 if torch.accelerator.is_available() else len(os.sched_getaffinity(0))
-                              if hasattr(os, "sched_getaffinity") else os.cpu_count()), len(tasks))
     waiting, done, running, failure = list(tasks), set(), {}, None
-    progress = _Progress(tasks, workers)
-    with (ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool,
+    with (EXECUTORS[executor](workers) as pool,
           tqdm(total=1.0, file=_Stdout(), mininterval=1, bar_format="{desc}|{bar:30}| {elapsed}{postfix}") as bar):
+        progress = _Progress(tasks, pool.workers)
         while (waiting and not failure) or running:
-            ready = [] if failure else [t for t in waiting if done.issuperset(t.needs)][:workers - len(running)]
+            ready = [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]
             for task in ready:
                 waiting.remove(task)
                 try:
@@ -61,6 +59,48 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
                            ) from failure
     if failure:
         raise failure
+
+
+class Processes(ProcessPoolExecutor):
+    """Worker processes on this machine, each on one thread."""
+
+    def __init__(self, workers: int):
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.workers = workers or (1 if torch.accelerator.is_available() else cores)
+        super().__init__(self.workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
+class Ray:
+    """A Ray cluster as an executor; raises ValueError if Ray is not installed."""
+
+    def __init__(self, workers: int):
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("executor='ray' needs Ray; install kdlib[cluster].") from error
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(address=address, num_cpus=None if address else workers or None, ignore_reinit_error=True, log_to_driver=False)
+        self.ray, self.workers = ray, workers or int(ray.cluster_resources()["CPU"])
+
+    def submit(self, function, *arguments):
+        """A ``concurrent.futures.Future`` of ``function(*arguments)``."""
+        return self.ray.remote(max_retries=3)(_on_ray).remote(function, arguments).future()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.ray.shutdown()
+
+
+EXECUTORS = {"processes": Processes, "ray": Ray}
+
+
+def _on_ray(function, arguments):
+    _be_quiet()
+    return function(*arguments)
 
 
 class _Progress:
@@ -109,6 +149,10 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    _be_quiet()
+
+
+def _be_quiet() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging

@@ -11,7 +11,7 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from kdlib import data, lab, models, store, text, trainer
+from kdlib import data, evaluate, lab, models, store, teachers, text, trainer
 
 disable_progress_bars()  # writing an artefact is a matter of milliseconds, and notebooks store what is printed
 logging.disable_progress_bar()
@@ -41,10 +41,15 @@ def model_specs(config: dict) -> tuple[dict, dict | None]:
     return base, {"data": config["data"], "pretrain": pretrain, "tuning": config["teacher"]["tuning"]}
 
 
+def target_spec(tuned: dict) -> dict:
+    """What fixes the cache of a tuned teacher's targets, of an exact form, so that runs differ from live ones by rounding."""
+    return {"teacher": tuned, "cache": {"form": "hidden", "dtype": "float32"}}
+
+
 def needed(config: dict) -> list[tuple[str, dict]]:
     """``(kind, spec)`` of every artefact a run needs, each after those it is made from."""
     base, tuned = model_specs(config)
-    teacher = [("base", {k: tuned[k] for k in ("data", "pretrain")}), ("teacher", tuned)] if tuned else []
+    teacher = [("base", {k: tuned[k] for k in ("data", "pretrain")}), ("teacher", tuned), ("targets", target_spec(tuned))] if tuned else []
     return [("data", config["data"]), *teacher, ("base", base)]
 
 
@@ -54,15 +59,17 @@ def cost(kind: str, spec: dict) -> float:
         shape = models.LADDER[pretrain["model"]]
         return 12 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2
 
-    length = spec.get("data", spec)["max_length"] / 3
     if kind == "data":
         return 0.0
     if kind == "base":
         return 3.0 * size(spec["pretrain"]) * spec["pretrain"]["steps"] * spec["pretrain"]["batch_size"] * spec["pretrain"]["block"]
+    tuned = spec["teacher"] if kind == "targets" else spec
+    length = tuned["data"]["max_length"] / 3
+    if kind == "targets":
+        return size(tuned["pretrain"]) * tuned["data"]["train_rows"] * length
     if kind == "teacher":
         return 3.0 * size(spec["pretrain"]) * spec["tuning"]["steps"] * spec["tuning"]["batch_size"] * length
-    passes = 3.0 * size(spec["student"]) + (size(spec["teacher"]) if spec["teacher"] else 0)
-    return passes * (spec["steps"] * spec["batch_size"] + 1000) * length
+    return 3.0 * size(spec["student"]) * (spec["steps"] * spec["batch_size"] + 1000) * length
 
 
 def path(root: Path, kind: str, spec: dict) -> Path:
@@ -72,7 +79,7 @@ def path(root: Path, kind: str, spec: dict) -> Path:
 
 def make(root: str, kind: str, spec: dict) -> str:
     """Make an artefact unless it is there, and return its folder."""
-    builders = {"data": _build_data, "base": _build_base, "teacher": _build_teacher}
+    builders = {"data": _build_data, "base": _build_base, "teacher": _build_teacher, "targets": _build_targets}
     origin = None
     if kind == "data":
         module, source = _source(spec)
@@ -117,7 +124,7 @@ def read_data(root: Path, spec: dict) -> Bundle:
     clean = {s: load_from_disk(folder / f"{s}-clean").select_columns(["input_ids", "labels"]).to_list()
              for s in ("validation", "test") if (folder / f"{s}-clean").is_dir()}
     verify = SOURCES[spec["source"]["kind"]].verifier(spec["world_seed"])
-    rows = train.select_columns(["input_ids", "labels"]).to_list()
+    rows = [{"id": str(i), **r} for i, r in enumerate(train.select_columns(["input_ids", "labels"]).to_list())]
     return Bundle(train=rows, lengths=[len(r["input_ids"]) for r in rows], skills=list(train["skill"]),
                   held={s: load_from_disk(folder / s) for s in ("validation", "test")}, clean=clean, verify=verify,
                   report=json.loads((folder / "report.json").read_text(encoding="utf-8")))
@@ -139,7 +146,18 @@ def _build_base(root: Path, spec: dict, folder: Path) -> None:
 def _build_teacher(root: Path, spec: dict, folder: Path) -> None:
     base = make(str(root), "base", {"data": spec["data"], "pretrain": spec["pretrain"]})
     model, tokenizer = models.load(base, models.device())
-    _train(model, read_data(root, spec["data"]).train, tokenizer, {**spec["tuning"], "seed": 0}, folder)
+    bundle = read_data(root, spec["data"])
+    _train(model, bundle.train, tokenizer, {**spec["tuning"], "seed": 0}, folder)
+    own = {}
+    for split, rows in bundle.held.items():
+        metrics, _ = evaluate.evaluate(model, tokenizer, rows, verify=bundle.verify)
+        own[split] = {k: metrics[k] for k in ("accuracy", "accuracy_unseen", "bits_per_byte", "nll", "ece")}
+    (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
+
+
+def _build_targets(root: Path, spec: dict, folder: Path) -> None:
+    model, tokenizer = models.load(make(str(root), "teacher", spec["teacher"]), models.device())
+    teachers.write_cache(folder, model, tokenizer, read_data(root, spec["teacher"]["data"]).train, **spec["cache"])
 
 
 def _train(model, rows: list[dict], tokenizer, how: dict, folder: Path) -> None:
@@ -147,7 +165,7 @@ def _train(model, rows: list[dict], tokenizer, how: dict, folder: Path) -> None:
                         [len(r["input_ids"]) for r in rows], how.get("length_window", 1))
     scratch = tempfile.mkdtemp()
     try:
-        log = trainer.train(model, [rows[i] for i in order], pad_token_id=tokenizer.pad_token_id, steps=how["steps"],
+        log = trainer.train(model, tokenizer, [rows[i] for i in order], steps=how["steps"],
                             batch_size=how["batch_size"], learning_rate=how["learning_rate"], seed=how["seed"], output_dir=scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -87,6 +87,25 @@ def artefact_path(root: Path, kind: str, spec: dict) -> Path:
     return root / ".cache" / f"{kind}-{digest(spec)}"
 
 
+def fill(path: Path, build: Callable[[Path], None], **about) -> None:
+    """Make the folder ``path`` with ``build(folder)`` unless it is there: whole, with a manifest, or not at all.
+
+    The manifest has the hash of every file, and ``about``. The caller holds a lock.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    if path.is_dir():
+        return
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        build(work)
+        files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        write_atomic(work / "manifest.json", json.dumps({**about, "files": files}, indent=1))
+        os.replace(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], origin: dict | None = None) -> Path:
     """The folder that ``build(folder)`` fills for ``spec``: made once, by one process, and checked at every use.
 
@@ -95,22 +114,17 @@ def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], o
     """
     path = artefact_path(root, kind, spec)
     with lock(root, path.name):
-        for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        if not path.is_dir():
-            work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            try:
-                build(work)
-                files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
-                write_atomic(work / "manifest.json", json.dumps({"spec": spec, "origin": origin, "files": files}, indent=1))
-                os.replace(work, path)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        fill(path, build, spec=spec, origin=origin)
     found = manifest(path)
     if origin and found["origin"] and found["origin"] != origin:
         raise ValueError(f"Cached artefact {path} was made from other files than those at hand ({', '.join(origin)}); give a "
                          "results_dir of its own for each.")
-    for name, wanted in found["files"].items():
+    return check_files(path)
+
+
+def check_files(path: Path) -> Path:
+    """``path``, a folder whose files have the hashes in its manifest. Raises ValueError, naming the file, if one has not."""
+    for name, wanted in manifest(path)["files"].items():
         if not (path / name).is_file() or file_hash(path / name) != wanted:
             raise ValueError(f"Cached artefact {path} is damaged: {name} does not have the hash {wanted[:12]}… of its "
                              "manifest; delete that folder and it is made again.")

@@ -10,15 +10,16 @@ import math
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 from kdlib import results, runner, store
+from kdlib.losses import KINDS, Objective
 from kdlib.presets import METHODS, PRESETS, Preset
 
-SPEC_VERSION = 2  # raised whenever a change of the code changes what the same configuration computes
-PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "temperature", "results_dir", "train_missing", "workers")
+SPEC_VERSION = {"lab": 3, "text": 2}  # raised whenever a change of the code changes what a configuration computes
+PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers")
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,13 @@ def plan(experiment: str, namespace: dict) -> Plan:
                   lambda v: 0 < v <= 1)
     temperature = check("temperature", given.get("temperature", METHODS["kd"]["temperature"]), float,
                         "a finite number above 0", lambda v: 0 < v < math.inf)
+    kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)
     workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
     train = check("train_missing", given.get("train_missing", True), bool, "True or False")
     folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own")
     methods = {"sft": METHODS["sft"], "kd": {"alpha": float(alpha), "temperature": float(temperature)}}
+    if kind != KINDS[0]:
+        methods["kd"]["kind"] = kind
     configs = grid(preset, methods, sorted(budgets), sorted(seeds), world)
     standard = configs == grid(preset, METHODS, sorted(preset.budgets), sorted(preset.seeds), 0)
     root = store.open_folder(folder or results.REPOSITORY / "results")
@@ -118,7 +122,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
 
 def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: str = "test") -> list[dict]:
     """Run configurations: budget by budget, seed by seed, both methods side by side."""
-    data = {"version": SPEC_VERSION, "source": preset.source, "train_rows": preset.train_rows, "max_length": preset.max_length,
+    data = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows, "max_length": preset.max_length,
             "vocab_size": preset.vocab_size, "world_seed": world_seed}
     teacher = preset.teachers["base"]
     out = []
@@ -221,20 +225,22 @@ def execute(root: str, preset: str, experiment: str, config: dict) -> str:
 def _train_and_evaluate(root: Path, config: dict) -> dict:
     import torch
 
-    from kdlib import data, evaluate, models, stages, trainer
+    from kdlib import data, evaluate, models, stages, teachers, trainer
 
     wall, cpu = time.perf_counter(), time.process_time()
     bundle = _loaded(str(root), json.dumps(config["data"]))
     base, tuned = stages.model_specs(config)
     student, tokenizer = models.load(stages.make(str(root), "base", base), models.device())
     teacher = models.load(stages.make(str(root), "teacher", tuned), models.device())[0] if tuned else None
+    targets = teachers.Cached(stages.make(str(root), "targets", stages.target_spec(tuned))) if tuned else None
     pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
     order = data.stream(pool, config["steps"], config["batch_size"], config["seed"], bundle.lengths, config["length_window"])
     rows = [bundle.train[i] for i in order]
+    objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
     scratch = tempfile.mkdtemp()
     try:
-        how = {k: config[k] for k in ("steps", "batch_size", "learning_rate", "seed", "alpha", "temperature")}
-        log = trainer.train(student, rows, pad_token_id=tokenizer.pad_token_id, output_dir=scratch, teacher=teacher, **how)
+        how = {k: config[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
+        log = trainer.train(student, tokenizer, rows, output_dir=scratch, teacher=targets, objective=objective, **how)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     trained = time.perf_counter()
@@ -242,6 +248,9 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     metrics, items = evaluate.evaluate(student, tokenizer, held, verify=bundle.verify, max_new_tokens=config["max_new_tokens"],
                                        clean=bundle.clean.get(config["split"]), teacher=teacher)
     metrics["train_loss"] = log["train_loss"]
+    if tuned:
+        own = json.loads((stages.path(root, "teacher", tuned) / "evaluation.json").read_text(encoding="utf-8"))[config["split"]]
+        metrics |= {f"teacher_{name}": value for name, value in own.items()}
     provenance = {**results.environment(), **_hashes(root, config), "device": str(student.device),
                   "dtype": str(student.dtype).removeprefix("torch."),
                   "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),

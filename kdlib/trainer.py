@@ -1,98 +1,107 @@
 """DistillationTrainer: ``transformers.Trainer`` with a teacher; supervised fine-tuning is ``alpha=0``."""
 
-import contextlib
+import random
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from kdlib import inference
 from kdlib.data import IGNORE, Collator
-from kdlib.losses import check_alpha, check_temperature, distillation_loss
-
-
-@contextlib.contextmanager
-def head_rows(model, mask: torch.Tensor):
-    """Let only the hidden states of the positions in ``mask`` (B, L) through the LM head: logits become (N, V).
-
-    The model's own forward runs as it is, so logit scale, soft-capping and any wrapper's hooks stay in force.
-    """
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def response_logits(model, inputs: dict, mask: torch.Tensor, unwrapped=None) -> torch.Tensor:
-    """Logits (N, V) that predict the response tokens; ``mask`` (B, L) marks the positions that predict one."""
-    with head_rows(unwrapped or model, mask):
-        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-
-
-def response_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(mask, targets)``: positions (B, L) whose next token is a response token, and those tokens (N,)."""
-    nxt = torch.full_like(labels, IGNORE)
-    nxt[:, :-1] = labels[:, 1:]
-    mask = nxt != IGNORE
-    return mask, nxt[mask]
+from kdlib.losses import Head, Objective, distillation_loss, linear_distillation_loss
+from kdlib.teachers import Live
 
 
 class DistillationTrainer(Trainer):
-    """Trainer for (1−α)·CE + α·T²·KL(teacher ‖ student) over response tokens.
+    """Trainer for (1−α)·CE + α·T²·D(teacher, student) over response tokens.
 
-    Takes what ``transformers.Trainer`` takes, and ``teacher`` (a causal LM over the same vocabulary, frozen here),
-    ``alpha`` and ``temperature``. The sum over response tokens is divided by their number in the whole optimizer step,
-    over accumulation steps and devices. Raises ValueError before training on a bad α or temperature, a missing teacher,
-    or vocabularies of different width.
+    Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with the settings of
+    :class:`~kdlib.losses.Objective`. On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the
+    batches takes the student's own samples for answers, of at most ``max_new_tokens``, and a live teacher's word on them. The sum
+    over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Only response positions go through the LM head, in chunks. Raises ValueError before
+    training on a bad setting, a missing teacher, or one that does not fit student and data.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, teacher=None, alpha: float = 0.0, temperature: float = 1.0, **kwargs):
-        check_alpha(alpha)
-        if alpha > 0 and teacher is None:
-            raise ValueError(f"alpha={alpha} asks for distillation, but teacher is None; give a teacher or alpha=0.")
-        check_temperature(temperature)
+    def __init__(self, *args, teacher=None, objective: Objective = Objective(alpha=0.0), lmbda: float = 0.0,
+                 max_new_tokens: int = 128, chunk_size: int | None = None, **kwargs):
+        if objective.alpha > 0 and teacher is None:
+            raise ValueError(f"alpha={objective.alpha} asks for distillation, but teacher is None; give a teacher or alpha=0.")
+        if not 0 <= lmbda <= 1 or (lmbda and (objective.alpha < 1 or not isinstance(teacher, Live))):
+            raise ValueError(f"lmbda={lmbda!r} is not allowed; allowed: 0 to 1, and above 0 only with alpha=1 and a live teacher, "
+                             "because nobody else can judge the student's own answers.")
         super().__init__(*args, **kwargs)
-        if alpha > 0:
-            widths = [m.get_output_embeddings().weight.shape[0] for m in (self.model, teacher)]
-            if widths[0] != widths[1]:
-                raise ValueError(f"The student predicts {widths[0]} tokens and the teacher {widths[1]}; "
-                                 "both need the same vocabulary.")
-            teacher.requires_grad_(False).eval().to(self.args.device)
-        self.teacher, self.alpha, self.temperature = teacher, alpha, temperature
+        self.model_accepts_loss_kwargs = True  # whatever the model, the step's response tokens are counted
+        self.lmbda, self.max_new_tokens = lmbda, max_new_tokens
+        self.objective, self.chunk_size, self.teacher = objective, chunk_size, teacher if objective.alpha > 0 else None
+        self.linear = inference.linear_head(self.model)
+        self.vocabulary = None
+        if self.teacher is not None:
+            self.vocabulary = self.teacher.prepare(self.model, self.processing_class, self.train_dataset, objective, self.args.device)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, some with the student's own answers, and their response tokens."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.lmbda == 0:
+            return batches, count
+        draw = random.Random(f"on-policy {self.args.seed} {self.state.global_step}")  # the same on every device and after a resume
+        batches = [self.own_answers(b) if draw.random() < self.lmbda else b for b in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def own_answers(self, batch: dict) -> dict:
+        """``batch`` with the last answer of each row replaced by a sample of the student's; nothing after its end token."""
+        if "position_ids" in batch:
+            raise ValueError("On-policy distillation needs one conversation a row; allowed: a collator that does not pack.")
+        model, tokenizer, prompts = self.accelerator.unwrap_model(self.model), self.processing_class, []
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
+            last = max((i for i, t in enumerate(labels) if t != IGNORE), default=0)
+            while last and labels[last - 1] != IGNORE:
+                last -= 1
+            prompts.append(ids[:last])
+        model.eval()
+        answers = inference.generate(model, prompts, max_new_tokens=self.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                                     eos_token_id=tokenizer.eos_token_id, temperature=1.0)
+        model.train()
+        rows = [{"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in zip(prompts, answers)]
+        return {k: v.to(batch["input_ids"].device) for k, v in Collator(tokenizer.pad_token_id)(rows).items()}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch as its share of the optimizer step's mean over response tokens."""
-        mask, targets = response_rows(inputs["labels"])
-        logits = response_logits(model, inputs, mask, self.accelerator.unwrap_model(model))
-        teacher_logits = None
-        if self.alpha > 0:
-            with torch.no_grad():
-                teacher_logits = response_logits(self.teacher, inputs, mask)
-        num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
-        loss = distillation_loss(logits, targets, teacher_logits, alpha=self.alpha, temperature=self.temperature,
-                                 num_items=num_items)
+        mask, targets = inference.response_rows(inputs["labels"])
+        teacher = self.teacher.targets(inputs, mask) if self.teacher is not None else None
+        how = {"num_items": len(targets) if num_items_in_batch is None else num_items_in_batch, "vocabulary": self.vocabulary,
+               **asdict(self.objective)}
+        bare = self.accelerator.unwrap_model(model)
+        if self.linear is None or return_outputs:
+            logits = inference.response_logits(bare, inputs, mask, model)
+            loss = distillation_loss(logits, targets, teacher, **how)
+        else:
+            module = bare.get_output_embeddings()
+            loss = inference.at_head(bare, inputs, mask, lambda hidden: linear_distillation_loss(
+                hidden, Head(module.weight, module.bias, **self.linear), targets, teacher, chunk_size=self.chunk_size, **how), model)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
-def train(model, rows: list[dict], *, pad_token_id: int, steps: int, batch_size: int, learning_rate: float, seed: int,
-          output_dir: str | Path, teacher=None, alpha: float = 0.0, temperature: float = 1.0, warmup: float = 0.05,
-          weight_decay: float = 0.0, **arguments) -> dict:
+def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
+          teacher=None, objective: Objective = Objective(alpha=0.0), warmup: float = 0.05, weight_decay: float = 0.0,
+          **arguments) -> dict:
     """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log.
 
-    ``rows`` holds ``steps * batch_size`` dicts with ``input_ids`` and ``labels``. Linear warm-up over the share
-    ``warmup`` of the steps, then linear decay to zero; AdamW. Further ``arguments`` go to ``TrainingArguments``.
+    ``rows`` holds ``steps * batch_size`` dicts with ``input_ids`` and ``labels`` (and ``id`` for a cached teacher). Linear
+    warm-up over the share ``warmup`` of the steps, then linear decay to zero; AdamW. Further ``arguments`` go to
+    ``TrainingArguments``.
     """
     args = TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
         lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=weight_decay, seed=seed,
         train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=torch.accelerator.is_available(), **arguments)
-    trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_token_id),
-                                  teacher=teacher, alpha=alpha, temperature=temperature)
+    trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id, pack=True),
+                                  processing_class=tokenizer, teacher=teacher, objective=objective)
     trainer.remove_callback(PrinterCallback)
     metrics = trainer.train().metrics
     model.eval()

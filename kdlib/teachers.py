@@ -1,0 +1,268 @@
+"""Teacher targets behind one interface: a live model, or a cache of what it said about every training example.
+
+A teacher has ``prepare(student, tokenizer, dataset, objective, device)``, which checks everything that can be checked
+before training and returns the common vocabulary, and ``targets(inputs, mask)``, which gives a batch's teacher rows in the
+form that :func:`kdlib.losses.distillation_loss` takes.
+
+A cache is a folder of Arrow shards and a manifest. Targets are found by example id, never by order, and a cache made from
+another teacher, tokenizer, template or text is refused. Four formats:
+
+* ``full``: all logits; exact, at any temperature.
+* ``hidden``: what the teacher's LM head reads, and that head once; as exact, and smaller where the vocabulary is wider than
+  the teacher.
+* ``top_k``: the k largest log-probabilities; the mass of all others is one bucket (``tail="bucket"``), or is dropped and
+  the k renormalised (``tail="renormalise"``). A bucket never overstates the divergence; renormalising sharpens the teacher.
+* ``sampled``: k tokens drawn from the teacher and its entropy; the forward KL and its gradient are unbiased (Anshumann et
+  al. 2025, arXiv 2503.16870).
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file, save_file
+
+from kdlib import inference, models, store
+from kdlib.data import IGNORE, Collator, example_key
+from kdlib.losses import Head, Hidden, Objective, Sparse
+
+FORMATS = ("full", "hidden", "top_k", "sampled")
+EXACT = ("full", "hidden")
+TAILS = ("bucket", "renormalise")
+
+
+class Live:
+    """A frozen causal LM beside the student; ``tokenizer`` is needed where its vocabulary is padded otherwise."""
+
+    def __init__(self, model, tokenizer=None):
+        self.model, self.tokenizer, self.linear = model, tokenizer, None
+
+    def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int | None:
+        """Freeze the teacher, move it to ``device`` and return the number of common tokens (None: all columns)."""
+        self.model.requires_grad_(False).eval().to(device)
+        self.linear = inference.linear_head(self.model)
+        widths = [m.get_output_embeddings().weight.shape[0] for m in (student, self.model)]
+        return models.common_vocabulary(tokenizer, self.tokenizer, *widths)
+
+    @torch.no_grad()
+    def targets(self, inputs: dict, mask: torch.Tensor) -> Hidden | torch.Tensor:
+        """Hidden states with their head, or logits where the head is not one matrix."""
+        if self.linear is None:
+            return inference.response_logits(self.model, inputs, mask)
+        module = self.model.get_output_embeddings()
+        states = inference.at_head(self.model, inputs, mask, lambda hidden: hidden)
+        return Hidden(states, Head(module.weight, module.bias, **self.linear))
+
+
+def weights_hash(model) -> str:
+    """SHA-256 over names, shapes and bytes of a model's weights."""
+    sha = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def row_hash(row: dict) -> str:
+    """Hash of a rendered row's tokens and labels."""
+    return hashlib.sha256(np.asarray([row["input_ids"], row["labels"]], dtype=np.int64).tobytes()).hexdigest()[:16]
+
+
+def _identity(tokenizer) -> dict:
+    return {"tokenizer": store.digest(tokenizer.get_vocab()), "template": store.digest(tokenizer.chat_template)}
+
+
+@torch.no_grad()
+def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form: str = "top_k", k: int = 64, tail: str = "bucket",
+                temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32,
+                teacher_hash: str | None = None) -> Path:
+    """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``).
+
+    Shards that are whole are kept, so a writer that was killed goes on where it was. ``dtype`` is that of the stored numbers.
+    Raises ValueError on a bad setting, on rows with the same id, or if ``folder`` holds a cache of something else.
+    """
+    folder = Path(folder)
+    vocabulary = len(tokenizer)
+    if form not in FORMATS:
+        raise ValueError(f"form={form!r} is not a cache format; allowed: {', '.join(FORMATS)}.")
+    if tail not in TAILS:
+        raise ValueError(f"tail={tail!r} is not allowed; allowed: {', '.join(TAILS)}.")
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype={dtype!r} is not allowed; allowed: float16, float32.")
+    if form not in EXACT and not 1 <= k <= (vocabulary if form == "top_k" else 2**16):
+        raise ValueError(f"k={k!r} is not allowed; allowed: 1 to {vocabulary}, the size of the vocabulary.")
+    if len({r["id"] for r in rows}) != len(rows):
+        raise ValueError("Rows need ids of their own to be found again; some share one.")
+    spec = {"teacher": teacher_hash or weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form,
+            "dtype": dtype, "rows": store.digest([[r["id"], row_hash(r)] for r in rows]), "shard_rows": shard_rows}
+    if form not in EXACT:
+        spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature}
+        spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
+    if form == "hidden":
+        linear = inference.linear_head(model)
+        if linear is None:
+            raise ValueError("form='hidden' needs a teacher whose logits are one matrix times its hidden states; allowed: another form.")
+        spec |= {"width": model.get_output_embeddings().in_features, "linear": linear}
+    folder.mkdir(parents=True, exist_ok=True)
+    with store.lock(folder, "write"):
+        _check_spec(folder, spec)
+        if form == "hidden":
+            module = model.get_output_embeddings()
+            parts = {n: getattr(module, n).detach().cpu().contiguous() for n in ("weight", "bias") if getattr(module, n) is not None}
+            store.fill(folder / "head", lambda work: save_file(parts, work / "head.safetensors"))
+        shards = [rows[start:start + shard_rows] for start in range(0, len(rows), shard_rows)]
+        for number, part in enumerate(shards):
+            store.fill(folder / f"shard-{number:05d}",
+                       lambda work: _write_shard(work, model, tokenizer, part, spec, number, batch_size))
+        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(shards)}))
+    return folder
+
+
+def _check_spec(folder: Path, spec: dict) -> None:
+    path = folder / "spec.json"
+    if not path.exists():
+        store.write_atomic(path, json.dumps(spec, indent=1))
+    differs = [n for n, v in _read_spec(folder).items() if spec.get(n) != v]
+    if differs:
+        raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")
+
+
+def _read_spec(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "spec.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The cache in {folder} has no readable spec.json; give a new folder and write it anew.") from error
+
+
+def _write_shard(work: Path, model, tokenizer, rows, spec: dict, number: int, batch_size: int) -> None:
+    generator = torch.Generator().manual_seed(spec.get("seed", 0) * 1_000_003 + number)
+    collate, out = Collator(tokenizer.pad_token_id), [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start:start + batch_size]
+        batch = {n: v.to(model.device) for n, v in collate([rows[i] for i in chunk]).items()}
+        mask, _ = inference.response_rows(batch["labels"])
+        if spec["form"] == "hidden":
+            packed = {"hidden": inference.at_head(model, batch, mask, lambda h: h).to(getattr(torch, spec["dtype"]))}
+        else:
+            packed = _pack(inference.response_logits(model, batch, mask)[:, :spec["vocabulary"]].float(), spec, generator)
+        parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in packed.items()}
+        for place, i in enumerate(chunk):
+            out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
+    keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [row_hash(r) for r in rows]}
+    Dataset.from_dict({**keys, **{n: [o[n] for o in out] for n in out[0]}}).save_to_disk(work)
+
+
+def _pack(logits, spec: dict, generator) -> dict:
+    kind, small = getattr(torch, spec["dtype"]), torch.uint16 if spec["vocabulary"] <= 2**16 else torch.int32
+    if spec["form"] == "full":
+        return {"logits": logits.to(kind)}
+    log_p = F.log_softmax(logits / spec["temperature"], -1)
+    if spec["form"] == "sampled":
+        ids = torch.multinomial(log_p.exp().cpu(), spec["k"], replacement=True, generator=generator)
+        return {"ids": ids.to(small), "entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
+    top, ids = log_p.topk(spec["k"])
+    rest = torch.log1p(-top.exp().sum(-1).clamp(max=1))  # −inf where the k hold everything
+    if spec["tail"] == "renormalise":
+        return {"ids": ids.to(small), "log_probs": (top - top.logsumexp(-1, keepdim=True)).to(kind)}
+    return {"ids": ids.to(small), "log_probs": top.to(kind), "log_tail": rest}
+
+
+class Cached:
+    """A cache that :func:`write_cache` made, memory-mapped and checked as it opens.
+
+    Raises ValueError, with the reason, if it is unfinished or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.spec = _read_spec(self.folder)
+        done = self.folder / "complete.json"
+        if not done.is_file():
+            raise ValueError(f"The cache in {folder} is unfinished; write it again and it goes on where it stopped.")
+        self.head = None
+        if self.spec["form"] == "hidden":
+            parts = load_file(store.check_files(self.folder / "head") / "head.safetensors")
+            self.head = Head(parts["weight"], parts.get("bias"), **self.spec["linear"])
+        self.shards, self.place, self.bytes = [], {}, 0
+        for number in range(json.loads(done.read_text())["shards"]):
+            path = self.folder / f"shard-{number:05d}"
+            store.check_files(path)
+            table = load_from_disk(path).data
+            columns = {n: table.column(n).combine_chunks() for n in table.column_names}
+            arrays = {n: (c.offsets.to_numpy(), c.values.to_numpy()) for n, c in columns.items() if n not in ("key", "tokens")}
+            self.bytes += sum(values.nbytes for _, values in arrays.values())
+            for i, (key, tokens) in enumerate(zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())):
+                self.place[key] = number, i, tokens
+            self.shards.append(arrays)
+
+    def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int:
+        """Check the cache against everything it depends on and return its vocabulary. Raises ValueError with the reason."""
+        if tokenizer is None:
+            raise ValueError("A cached teacher needs the student's tokenizer (processing_class), to compare it with its own.")
+        for part, value in _identity(tokenizer).items():
+            if value != self.spec[part]:
+                raise ValueError(f"The cache in {self.folder} was made with another {part}; write it anew.")
+        width = student.get_output_embeddings().weight.shape[0]
+        if width < self.spec["vocabulary"]:
+            raise ValueError(f"The cache in {self.folder} covers {self.spec['vocabulary']} tokens, the student's head {width}.")
+        if self.spec["form"] not in EXACT and objective.temperature != self.spec["temperature"]:
+            raise ValueError(f"temperature={objective.temperature} but the cache in {self.folder} was made at "
+                             f"{self.spec['temperature']}; allowed: that, or a full or hidden cache.")
+        linear = objective.kind == "forward_kl" or (objective.kind == "jsd" and objective.beta == 0)
+        if self.spec["form"] == "sampled" and not linear:
+            raise ValueError(f"kind={objective.kind!r} with a sampled cache would be biased; allowed: forward_kl.")
+        if self.spec.get("tail") == "renormalise" and (objective.kind == "reverse_kl" or (objective.kind == "jsd" and objective.beta == 1)):
+            raise ValueError(f"kind={objective.kind!r} is infinite where a renormalised cache has no mass; allowed: tail='bucket'.")
+        if self.head is not None:
+            self.head = self.head._replace(weight=self.head.weight.to(device), bias=None if self.head.bias is None else self.head.bias.to(device))
+        for row in dataset:
+            found = self.place.get(example_key(row["id"]))
+            if found is None or found[2] != row_hash(row):
+                raise ValueError(f"The cache in {self.folder} {'has no' if found is None else 'holds other tokens for'} example "
+                                 f"{row['id']!r}; write it anew for these data.")
+        return self.spec["vocabulary"]
+
+    def _column(self, places, name: str) -> np.ndarray:
+        parts = []
+        for shard, row, _ in places:
+            offsets, values = self.shards[shard][name]
+            parts.append(values[offsets[row]:offsets[row + 1]])
+        return np.concatenate(parts)
+
+    def targets(self, inputs: dict, mask: torch.Tensor) -> Sparse | torch.Tensor:
+        """The rows of a batch that names its examples (``example``, as the collator does)."""
+        places, device = [self.place[key] for key in inputs["example"].tolist()], mask.device
+
+        def column(name, width):
+            return torch.from_numpy(self._column(places, name)).to(device, non_blocking=True).view(-1, width)
+
+        if self.spec["form"] == "full":
+            return column("logits", self.spec["vocabulary"])
+        if self.spec["form"] == "hidden":
+            return Hidden(column("hidden", self.spec["width"]).to(self.head.weight.dtype), self.head)
+        k = self.spec["k"]
+        ids = column("ids", k).long()
+        if self.spec["form"] == "sampled":
+            known = torch.full(ids.shape, -math.log(k), device=device)
+            return Sparse(ids, known, torch.full((len(ids),), -math.inf, device=device), math.log(k) - column("entropy", 1)[:, 0])
+        known = column("log_probs", k).float()
+        rest = column("log_tail", 1)[:, 0] if self.spec["tail"] == "bucket" else torch.full((len(ids),), -math.inf, device=device)
+        return Sparse(ids, known, rest)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Stored bytes for one response token."""
+        tokens = sum(len(next(iter(a.values()))[1]) for a in self.shards)
+        width = {"full": self.spec["vocabulary"], "hidden": self.spec.get("width")}.get(self.spec["form"], self.spec.get("k"))
+        return self.bytes / (tokens / width)
+
+
+def response_count(rows: list[dict]) -> int:
+    """Response tokens of rendered rows, as the loss counts them."""
+    return sum(t != IGNORE for r in rows for t in r["labels"][1:])

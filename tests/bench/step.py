@@ -1,0 +1,107 @@
+"""One process, one engine: ``python tests/bench/step.py ENGINE SIZE [STEPS]`` prints a JSON line with time and memory of a step.
+
+ENGINE is trl (its GKD trainer, off-policy), live, cached (top 64), full (all logits cached) or sft. Every engine gets the same
+models, conversations and batches, in float32 on two threads, or in bfloat16 where there is a GPU.
+"""
+
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+
+import torch
+
+SIZES = {
+    "lab": {"vocabulary": 500, "student": (3, 96), "teacher": (4, 160), "rows": 32, "prompt": (6, 16), "answer": (4, 10), "steps": 60},
+    "mid": {"vocabulary": 31990, "student": (4, 256), "teacher": (6, 512), "rows": 8, "prompt": (64, 192), "answer": (32, 96), "steps": 9},
+    "large": {"vocabulary": 128240, "student": (16, 2048), "teacher": (32, 4096), "rows": 8, "prompt": (512, 768), "answer": (256, 256),
+              "steps": 9},
+}
+
+
+def model(shape, tokenizer, seed):
+    """A Llama of (layers, width) from random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, width = shape
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3 // 16 * 16,
+                         num_hidden_layers=layers, num_attention_heads=max(4, width // 64), max_position_embeddings=2048,
+                         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return LlamaForCausalLM(config).to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+
+
+def conversations(size, steps):
+    """The same seeded random words for every engine."""
+    rng = random.Random(0)
+
+    def words(span):
+        return " ".join(f"w{rng.randrange(size['vocabulary'])}" for _ in range(rng.randint(*span)))
+
+    return [[{"role": "user", "content": words(size["prompt"])}, {"role": "assistant", "content": words(size["answer"])}]
+            for _ in range(steps * size["rows"])]
+
+
+def memory() -> float:
+    """Peak memory so far, in MiB: the process's on a CPU, allocated tensors on a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(engine: str, name: str, steps: int | None = None) -> dict:
+    from transformers import TrainerCallback
+
+    from kdlib import data, losses, models, teachers, trainer
+
+    torch.set_num_threads(2)
+    size = SIZES[name]
+    steps = steps or size["steps"]
+    tokenizer = models.build_tokenizer([f"w{i}" for i in range(size["vocabulary"])])
+    messages = conversations(size, steps)
+    if engine == "trl":
+        import trl.experimental.gkd as gkd
+    baseline, marks = memory(), []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    student = model(size["student"], tokenizer, 1)
+    teacher = model(size["teacher"], tokenizer, 2) if engine != "sft" else None
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": size["rows"], "learning_rate": 1e-4,
+                  "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "seed": 0,
+                  "train_sampling_strategy": "sequential", "dataloader_pin_memory": False}
+        if engine == "trl":
+            from datasets import Dataset
+
+            args = gkd.GKDConfig(**common, lmbda=0.0, beta=0.0, temperature=1.0, max_length=1024, gradient_checkpointing=False)
+            made = gkd.GKDTrainer(model=student, teacher_model=teacher, args=args, processing_class=tokenizer,
+                                  train_dataset=Dataset.from_dict({"messages": messages}))
+        else:
+            rows = [dict(zip(("id", "input_ids", "labels"), (str(i), *data.encode(m, tokenizer)))) for i, m in enumerate(messages)]
+            source = None
+            if engine in ("cached", "full"):
+                form = {"form": "top_k", "k": 64} if engine == "cached" else {"form": "full"}
+                source = teachers.Cached(teachers.write_cache(f"{folder}/cache", teacher, tokenizer, rows, **form))
+                del teacher
+            elif engine == "live":
+                source = teachers.Live(teacher)
+            made = trainer.DistillationTrainer(
+                model=student, args=trainer.TrainingArguments(**common, remove_unused_columns=False), train_dataset=rows,
+                data_collator=data.Collator(tokenizer.pad_token_id), processing_class=tokenizer, teacher=source,
+                objective=losses.Objective(alpha=0.0 if engine == "sft" else 1.0))
+        made.add_callback(Clock)
+        loss = made.train().training_loss
+    times = sorted(b - a for a, b in zip(marks[2:], marks[3:]))
+    return {"engine": engine, "size": name, "step_s": times[len(times) // 2], "memory_mib": memory() - baseline, "loss": loss}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:3], *map(int, sys.argv[3:]))))

@@ -1,0 +1,157 @@
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdlib import data, inference, models, teachers
+from kdlib.losses import Objective, distillation_loss
+from kdlib.teachers import Cached, Live, write_cache
+
+KD = Objective(alpha=1.0)
+
+
+@pytest.fixture(scope="module")
+def examples(rows):
+    """Rendered rows as a trainer gets them, with ids."""
+    return [{"id": f"row {i}", "input_ids": r["input_ids"], "labels": r["labels"]} for i, r in enumerate(rows)]
+
+
+def cache(folder, teacher, tokenizer, examples, **how):
+    return Cached(write_cache(folder, teacher, tokenizer, examples, **{"shard_rows": 20, **how}))
+
+
+def rows_of(source, student, tokenizer, examples, objective=KD, chosen=(3, 0, 47, 20, 21)):
+    """``(teacher rows, student logits, targets)`` of a batch in an order of its own."""
+    batch = data.Collator(0)([examples[i] for i in chosen])
+    mask, targets = inference.response_rows(batch["labels"])
+    vocabulary = source.prepare(student, tokenizer, examples, objective, "cpu")
+    found = source.targets(batch, mask)
+    if isinstance(source, Live):
+        found = found.head.logits(found.states)
+    return found, inference.response_logits(student, batch, mask).detach().requires_grad_(), targets, vocabulary
+
+
+def loss_and_gradient(source, student, tokenizer, examples, objective=KD):
+    found, logits, targets, vocabulary = rows_of(source, student, tokenizer, examples, objective)
+    loss = distillation_loss(logits, targets, found, num_items=10, vocabulary=vocabulary, **vars(objective))
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "reverse_kl"])
+def test_exact_caches_equal_the_live_teacher(student, teacher, tokenizer, examples, tmp_path, kind, temperature):
+    objective = Objective(alpha=0.7, kind=kind, temperature=temperature)
+    live = loss_and_gradient(Live(teacher), student, tokenizer, examples, objective)
+    full = cache(tmp_path / "full", teacher, tokenizer, examples, form="full", dtype="float32")
+    for a, b in zip(live, loss_and_gradient(full, student, tokenizer, examples, objective)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    most = cache(tmp_path / "top", teacher, tokenizer, examples, k=len(tokenizer) - 1, temperature=temperature, dtype="float32")
+    for a, b in zip(live, loss_and_gradient(most, student, tokenizer, examples, objective)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_bucket_never_overstates_and_more_tokens_come_closer(student, teacher, tokenizer, examples, tmp_path):
+    live, _ = loss_and_gradient(Live(teacher), student, tokenizer, examples)
+    found = [loss_and_gradient(cache(tmp_path / str(k), teacher, tokenizer, examples, k=k, dtype="float32"), student, tokenizer, examples)[0]
+             for k in (2, 8, 64)]
+    assert found[0] < found[1] < found[2] <= live + 1e-5 and live - found[2] < 0.5 * (live - found[0])
+
+
+def test_sampling_is_unbiased_in_loss_and_gradient_where_top_k_is_not(student, teacher, tokenizer, examples, tmp_path):
+    live = loss_and_gradient(Live(teacher), student, tokenizer, examples)
+    draws = [loss_and_gradient(cache(tmp_path / str(s), teacher, tokenizer, examples, form="sampled", k=16, seed=s), student, tokenizer, examples)
+             for s in range(40)]
+    losses = torch.stack([d[0] for d in draws])
+    assert abs(losses.mean() - live[0]) < 4 * losses.std() / math.sqrt(len(draws))
+    mean = torch.stack([d[1] for d in draws]).mean(0)
+    noise = torch.stack([d[1] for d in draws]).std(0).norm() / math.sqrt(len(draws))
+    assert (mean - live[1]).norm() < 2 * noise
+    biased = loss_and_gradient(cache(tmp_path / "top", teacher, tokenizer, examples, k=16, tail="renormalise"), student, tokenizer, examples)
+    assert (biased[1] - live[1]).norm() > 5 * (mean - live[1]).norm()
+
+
+def test_targets_are_found_by_id_whatever_the_order(student, teacher, tokenizer, examples, tmp_path):
+    made = cache(tmp_path / "c", teacher, tokenizer, examples, form="full", dtype="float32")
+    shuffled = cache(tmp_path / "d", teacher, tokenizer, examples[::-1], form="full", dtype="float32")
+    torch.testing.assert_close(*(rows_of(c, student, tokenizer, examples)[0] for c in (made, shuffled)))
+    assert len(made.shards) == 3 and made.bytes_per_token == 4 * len(tokenizer)
+
+
+def test_a_killed_writer_goes_on_and_the_cache_is_the_same(student, teacher, tokenizer, examples, tmp_path, monkeypatch):
+    whole = cache(tmp_path / "whole", teacher, tokenizer, examples, form="sampled", k=8)
+    written, real = [], teachers._write_shard
+
+    def fail_at_the_third(work, *rest):
+        written.append(rest[-2])
+        if rest[-2] == 2 and len(written) == 3:
+            (work / "half").write_text("x")
+            raise KeyboardInterrupt
+        real(work, *rest)
+
+    monkeypatch.setattr(teachers, "_write_shard", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path / "cut", teacher, tokenizer, examples, form="sampled", k=8)
+    with pytest.raises(ValueError, match="is unfinished; write it again and it goes on"):
+        Cached(tmp_path / "cut")
+    again = cache(tmp_path / "cut", teacher, tokenizer, examples, form="sampled", k=8)
+    assert written == [0, 1, 2, 2]
+    for a, b in zip(rows_of(whole, student, tokenizer, examples)[0], rows_of(again, student, tokenizer, examples)[0]):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_mismatch_is_refused_with_its_reason(student, teacher, tokenizer, examples, tmp_path):
+    made = cache(tmp_path / "c", teacher, tokenizer, examples, k=4)
+
+    def refused(message, tokenizer=tokenizer, rows=examples, objective=KD, source=made):
+        with pytest.raises(ValueError, match=message):
+            source.prepare(student, tokenizer, rows, objective, "cpu")
+
+    other = models.build_tokenizer(["a", "b"])
+    refused("was made with another tokenizer", tokenizer=other)
+    refused("needs the student's tokenizer", tokenizer=None)
+    changed = models.build_tokenizer(None, ["x"])
+    changed = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, chat_template="{{ messages }}", **models.SPECIAL)
+    refused("was made with another (tokenizer|template)", tokenizer=changed)
+    refused("has no example 'new'", rows=[{**examples[0], "id": "new"}])
+    refused("holds other tokens for example 'row 0'", rows=[{**examples[1], "id": "row 0"}])
+    refused("temperature=2.0 but the cache .* was made at 1.0; allowed: that, or a full cache", objective=Objective(temperature=2.0))
+    refused("kind='jsd' with a sampled cache would be biased", objective=Objective(kind="jsd"),
+            source=cache(tmp_path / "s", teacher, tokenizer, examples, form="sampled", k=4))
+    refused("kind='reverse_kl' is infinite where", objective=Objective(kind="reverse_kl"),
+            source=cache(tmp_path / "r", teacher, tokenizer, examples, k=4, tail="renormalise"))
+    with pytest.raises(ValueError, match="was made with another teacher; give a folder of its own"):
+        cache(tmp_path / "c", student, tokenizer, examples, k=4)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest"])
+def test_a_damaged_cache_is_refused(teacher, tokenizer, examples, tmp_path, damage):
+    folder = write_cache(tmp_path / "c", teacher, tokenizer, examples, k=4, shard_rows=20)
+    path = next((folder / "shard-00001").glob("*.arrow"))
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[:-100])
+    else:
+        (folder / "spec.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged: data-00000-of-00001.arrow" if damage != "manifest" else "no readable spec.json"):
+        Cached(folder)
+
+
+@pytest.mark.parametrize("how, message", [({"form": "zip"}, "form='zip' is not a cache format"), ({"tail": "drop"}, "tail='drop'"),
+                                          ({"k": 0}, "k=0 is not allowed"), ({"k": 10**6}, "k=1000000"), ({"dtype": "int8"}, "dtype='int8'"),
+                                          ({"temperature": 0.0}, "temperature=0.0")])
+def test_bad_settings_are_named(teacher, tokenizer, examples, tmp_path, how, message):
+    with pytest.raises(ValueError, match=message):
+        write_cache(tmp_path / "c", teacher, tokenizer, examples, **how)
+    assert not list(tmp_path.glob("c/shard*"))
+
+
+def test_examples_that_share_an_id_are_refused(teacher, tokenizer, examples, tmp_path):
+    with pytest.raises(ValueError, match="some share one"):
+        write_cache(tmp_path / "c", teacher, tokenizer, [examples[0], examples[0]])
