@@ -1,12 +1,10 @@
 """What a causal LM says: its hidden states or logits at chosen positions only, and its own answers."""
 
-import contextlib
-
 import torch
 from torch import nn
 
 from kdlib.data import IGNORE
-from kdlib.losses import Head
+from kdlib.losses import Head, Hidden
 
 
 def response_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +71,7 @@ def linear_head(model) -> dict | None:
     model.eval()
     try:
         own = response_logits(model, inputs, mask).float()
-        ours = at_head(model, inputs, mask, lambda hidden: Head(module.weight, module.bias, **found).logits(hidden)).float()
+        ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, Head(module.weight, module.bias, **found)).logits).float()
     finally:
         model.train(training)
     return found if torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max())) else None

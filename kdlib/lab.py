@@ -8,67 +8,24 @@ the training split, in any phrasing; a third of the phrasings are kept for the *
 """
 
 import random
+import tomllib
 import zlib
 from itertools import permutations
+from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, concatenate_datasets
 
 from kdlib.data import Corpus
 
-NAMES = ("mira oskar lena tomas vera jonas elif pavel nadia bruno ines viktor greta amir sofia emil zara hugo olga "
-         "felix dora ivan mona karl alma rafi nora sven petra luca yara otto maja igor lila enzo tara boris kira joel"
-         ).split()
-TOWNS = "tolm varr brix dune hale kest lorn moss pell rook stav wick".split()
-LANDS = "nordia sudra estan vestia".split()
-WORDS = {
-    "job": "baker miner nurse clerk pilot smith tailor judge sailor potter".split(),
-    "food": "bread cheese soup rice plums beans honey fish nuts corn".split(),
-    "colour": "red blue green white black gold pink grey".split(),
-    "animal": "dog cat horse goat mouse snake frog crow duck bear".split(),
-    "tool": "hammer saw drill rake shovel axe file brush".split(),
-}
-FOREIGN = "zor muk tal bim rusk fev gol hin jad kop lum nep ost pir qua sib tov ulm vax wen".split()
-LETTERS = "a b c d e f g h".split()
-LARGEST = 20
-STYLES = {"{a}": 0.35, "the answer is {a} .": 0.25, "it is {a} .": 0.15, "well , {a} .": 0.15, "{a} , i think .": 0.10}
-FILLER = frozenset("the answer is it well , i think .".split())
-SLIP_RATE = 0.2
-STATEMENTS = {  # how base text states what the skills ask
-    "recall": ("{p} : {r} {answer} .", "the {r} of {p} is {answer} .", "{p} has the {r} {answer} ."),
-    "two_hop": ("{town} is in {answer} .", "{p} lives in {town} in {answer} .", "the land of {town} is {answer} ."),
-    "add": ("{a} + {b} = {answer} .", "{a} plus {b} is {answer} .", "the sum of {a} and {b} is {answer} ."),
-    "subtract": ("{a} - {b} = {answer} .", "{a} minus {b} is {answer} .", "take {b} from {a} : {answer} ."),
-    "sort": ("sort {l} = {answer} .", "{l} sorted is {answer} .", "{l} in order : {answer} ."),
-    "reverse": ("reverse {l} = {answer} .", "{l} reversed is {answer} .", "{l} backwards : {answer} ."),
-    "count": ("count {x} in {l} = {answer} .", "{l} has {answer} {x} .", "how many {x} in {l} : {answer} ."),
-    "translate": ("{s} = {answer} .", "{s} in lumi is {answer} .", "{answer} : {s} ."),
-    "classify": ("{w} : {answer} .", "the kind of {w} is {answer} .", "one {answer} is {w} ."),
-    "name": ("{c} , {d} , {e} : {answer} .", "one {c} , one {d} and one {e} : {answer} .", "{answer} = {c} {d} {e} ."),
-}
-PHRASINGS = {
-    "recall": ("what is the {r} of {p} ?", "tell me the {r} of {p} .", "{p} has which {r} ?",
-               "give the {r} of {p} please .", "i want to know the {r} of {p} .", "the {r} of {p} is what ?"),
-    "two_hop": ("in which land does {p} live ?", "tell me the land where {p} lives .", "{p} lives in which land ?",
-                "give the land {p} lives in please .", "i want to know the land of {p} .", "the land of {p} is what ?"),
-    "add": ("what is {a} + {b} ?", "tell me {a} plus {b} .", "add {a} and {b} .",
-            "give the sum of {a} and {b} please .", "i want to know {a} + {b} .", "{a} plus {b} is what ?"),
-    "subtract": ("what is {a} - {b} ?", "tell me {a} minus {b} .", "take {b} from {a} .",
-                 "give {a} minus {b} please .", "i want to know {a} - {b} .", "{a} minus {b} is what ?"),
-    "sort": ("sort {l} .", "put {l} in order .", "tell me {l} sorted .",
-             "give {l} in order please .", "i want {l} sorted .", "{l} sorted is what ?"),
-    "reverse": ("reverse {l} .", "say {l} backwards .", "tell me {l} reversed .",
-                "give {l} backwards please .", "i want {l} reversed .", "{l} backwards is what ?"),
-    "count": ("how many {x} in {l} ?", "count the {x} in {l} .", "tell me how many {x} in {l} .",
-              "give the count of {x} in {l} please .", "i want to know how many {x} in {l} .", "{l} has how many {x} ?"),
-    "translate": ("translate {s} .", "what is {s} in lumi ?", "tell me {s} in lumi .",
-                  "give {s} in lumi please .", "i want to say {s} in lumi .", "{s} in lumi is what ?"),
-    "classify": ("what kind of thing is {w} ?", "tell me the kind of {w} .", "{w} is which kind ?",
-                 "give the kind of {w} please .", "i want to know the kind of {w} .", "the kind of {w} is what ?"),
-    "name": ("name one {c} , one {d} and one {e} .", "tell me one {c} , one {d} and one {e} .", "say one {c} then {d} then {e} .",
-             "give one {c} , {d} and {e} please .", "i want one {c} , one {d} and one {e} .", "one {c} , {d} and {e} is what ?"),
-}
+TEXT = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+NAMES, TOWNS, LANDS, FOREIGN, LETTERS = (TEXT[k].split() for k in ("names", "towns", "lands", "foreign", "letters"))
+WORDS = {kind: members.split() for kind, members in TEXT["words"].items()}
+STYLES, STATEMENTS, PHRASINGS = TEXT["styles"], TEXT["statements"], TEXT["phrasings"]
 SKILLS = tuple(PHRASINGS)
+FILLER = frozenset(w for style in STYLES for w in style.split() if w != "{a}")
+SLIP_RATE = 0.2
+LARGEST = 20
 
 
 class Question(NamedTuple):

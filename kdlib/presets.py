@@ -1,7 +1,9 @@
-"""The presets: one study at several sizes. A preset is data; nothing else in kdlib knows its name."""
+"""The presets: one study at several sizes. A preset is data, in presets.toml; nothing else in kdlib knows its name."""
 
 import math
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -54,8 +56,8 @@ class Preset:
     batch_size: int
     length_window: int
     learning_rate: dict
-    budgets: tuple
-    seeds: tuple
+    budgets: list
+    seeds: list
     metric: str
     sweep: dict
 
@@ -81,50 +83,12 @@ class Preset:
         return float(f"{low[1] * (high[1] / low[1]) ** way:.3g}")
 
 
-def _pretrain(model: str, steps: int, learning_rate: float = 3e-3, batch_size: int = 48, block: int = 48, max_tokens=None) -> dict:
-    return {"model": model, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "block": block,
-            "max_tokens": max_tokens, "seed": 0}
+def _read(name: str, table: dict) -> Preset:
+    shared = {"max_tokens": None, **table.pop("pretrain")}
+    table["student"] = {**shared, **table["student"]}
+    table["teachers"] = {n: {**shared, **t} for n, t in table["teachers"].items()}
+    table["learning_rate"] = {m: {int(b): rate for b, rate in rates.items()} for m, rates in table["learning_rate"].items()}
+    return Preset(name=name, **table)
 
 
-SMOKE = Preset(
-    name="smoke", about="a tiny grid of the lab world for tests",
-    source={"kind": "lab", "pretrain_lines": 20000, "pool_rows": 1600, "test_rows": 200, "unseen_rows": 60},
-    train_rows=1600, max_length=64, vocab_size=0, max_new_tokens=10,
-    student=_pretrain("nano", 500, batch_size=24),
-    teachers={"base": {**_pretrain("micro", 500, batch_size=24),
-                       "tuning": {"steps": 200, "learning_rate": 2e-3, "batch_size": 32}}},
-    steps=100, batch_size=16, length_window=1, learning_rate={"sft": {100: 2e-3}, "kd": {100: 2e-3}}, budgets=(100, 1600), seeds=(0, 1),
-    metric="accuracy", sweep={"world_seed": 900, "seeds": [100], "budgets": [100, 1600], "learning_rates": [1e-3, 2e-3]})
-
-LAB = Preset(
-    name="lab", about="the lab world on a laptop's processor",
-    source={"kind": "lab", "pretrain_lines": 200000, "pool_rows": 16000, "test_rows": 600, "unseen_rows": 300},
-    train_rows=16000, max_length=64, vocab_size=0, max_new_tokens=12,
-    student=_pretrain("student", 1000),
-    teachers={"base": {**_pretrain("teacher", 1600), "tuning": {"steps": 800, "learning_rate": 1e-3, "batch_size": 32}}},
-    steps=400, batch_size=32, length_window=1,
-    learning_rate={"sft": {200: 2e-3, 800: 1e-3, 3200: 1e-3, 12800: 1e-3}, "kd": {200: 4e-3, 800: 1e-3, 3200: 1e-3, 12800: 1e-3}},
-    budgets=(200, 400, 800, 1600, 3200, 6400, 12800), seeds=(0, 1, 2, 3, 4, 5, 6),
-    metric="accuracy", sweep={"world_seed": 900, "seeds": [100, 101, 102], "budgets": [200, 800, 3200, 12800],
-                              "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
-
-_DOLLY = {"where": {"source": "dolly_15k"}, "category_in_id": r"dolly-(\w+)-"}
-
-REALTEXT = Preset(
-    name="realtext", about="instructions and answers that people wrote, models pre-trained here on plain English",
-    source={"kind": "text",
-            "pretrain": {"hub": "Salesforce/wikitext", "hub_config": "wikitext-103-raw-v1", "local": "pretrain_books.jsonl.gz"},
-            "train": {"hub": "databricks/databricks-dolly-15k", "local": "general_train.jsonl.gz", **_DOLLY},
-            "test": {"local": "general_test.jsonl.gz", **_DOLLY},
-            "validation_rows": 300, "test_rows": 500},
-    train_rows=12000, max_length=256, vocab_size=4096, max_new_tokens=0,
-    student=_pretrain("text-student", 600, batch_size=16, block=256, max_tokens=4_000_000),
-    teachers={"base": {**_pretrain("text-teacher", 600, batch_size=16, block=256, max_tokens=4_000_000),
-                       "tuning": {"steps": 750, "learning_rate": 1e-3, "batch_size": 16, "length_window": 8}}},
-    steps=200, batch_size=16, length_window=8,
-    learning_rate={"sft": {100: 0.000125, 300: 0.00025, 1000: 0.002, 3200: 0.004}, "kd": {100: 0.004, 300: 0.004, 1000: 0.004, 3200: 0.004}},
-    budgets=(100, 300, 1000, 3200), seeds=(0, 1, 2),
-    metric="bits_per_byte", sweep={"world_seed": 0, "seeds": [100], "budgets": [100, 300, 1000, 3200],
-                                     "learning_rates": [6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]})
-
-PRESETS = {p.name: p for p in (SMOKE, LAB, REALTEXT)}
+PRESETS = {name: _read(name, table) for name, table in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items()}

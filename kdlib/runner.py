@@ -3,9 +3,8 @@
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import NamedTuple
@@ -26,34 +25,31 @@ class Task(NamedTuple):
 def compute(tasks: list[Task], workers: int = 0, executor: str = "processes") -> None:
     """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
 
-    ``executor`` is "processes" on this machine, or "ray" for a Ray cluster (the one that RAY_ADDRESS names, or a local one),
-    whose machines share the results folder. ``workers=0`` takes one per core, or one in all where an accelerator does the work;
-    on Ray as many as the cluster has. A task that fails stops the rest from starting; what was running finishes, and the error is
-    raised. A worker of Ray's that dies is replaced and its task done again.
+    ``executor`` is "processes" on this machine, or "ray" for a Ray cluster (the one that RAY_ADDRESS names, or a local one)
+    whose machines share the results folder. ``workers=0`` takes one per core, or one in all where an accelerator does the
+    work; on Ray as many as the cluster has. A task that fails stops the rest from starting; what was running finishes, and
+    the error is raised. A worker of Ray's that dies is replaced and its task done again.
     """
     waiting, done, running, failure = list(tasks), set(), {}, None
-    with (EXECUTORS[executor](workers) as pool,
-          tqdm(total=1.0, file=_Stdout(), mininterval=1, bar_format="{desc}|{bar:30}| {elapsed}{postfix}") as bar):
-        progress = _Progress(tasks, pool.workers)
+    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=_Stdout(), smoothing=0, mininterval=0,
+               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
+    with EXECUTORS[executor](workers) as pool, bar:
         while (waiting and not failure) or running:
-            ready = [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]
-            for task in ready:
+            for task in [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]:
                 waiting.remove(task)
                 try:
                     running[pool.submit(task.function, *task.arguments)] = task
-                    progress.start(task)
                 except BrokenProcessPool as error:
                     failure = failure or error
-            finished, _ = wait(running, timeout=20, return_when=FIRST_COMPLETED)
-            for future in finished:
+            for future in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 try:
                     future.result()
                     done.add(task.key)
-                    progress.finish(task)
+                    bar.update(task.cost)
                 except Exception as error:
                     failure = failure or error
-            progress.show(bar)
+            bar.set_description_str(f"{len(done)} of {len(tasks)} tasks")
     if isinstance(failure, BrokenProcessPool):
         raise RuntimeError("A worker process died (killed, or out of memory); finished runs are kept, so run again to go on."
                            ) from failure
@@ -72,8 +68,8 @@ class Processes(ProcessPoolExecutor):
         super().__init__(self.workers, multiprocessing.get_context("spawn"), _start_worker)
 
 
-class Ray:
-    """A Ray cluster as an executor; raises ValueError if Ray is not installed."""
+class Ray(Executor):
+    """A Ray cluster as an executor. Raises ValueError if Ray is not installed."""
 
     def __init__(self, workers: int):
         try:
@@ -88,10 +84,8 @@ class Ray:
         """A ``concurrent.futures.Future`` of ``function(*arguments)``."""
         return self.ray.remote(max_retries=3)(_on_ray).remote(function, arguments).future()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def shutdown(self, **_):
+        """Leave the cluster."""
         self.ray.shutdown()
 
 
@@ -101,33 +95,6 @@ EXECUTORS = {"processes": Processes, "ray": Ray}
 def _on_ray(function, arguments):
     _be_quiet()
     return function(*arguments)
-
-
-class _Progress:
-    """What is done, and an estimate of what is left from the cost that finished tasks got through a second."""
-
-    def __init__(self, tasks: list[Task], workers: int):
-        self.total, self.number, self.workers = sum(t.cost for t in tasks), len(tasks), workers
-        self.running, self.finished, self.cost, self.busy = {}, 0, 0.0, 0.0
-
-    def start(self, task: Task) -> None:
-        self.running[task.key] = task.cost, time.monotonic()
-
-    def finish(self, task: Task) -> None:
-        cost, started = self.running.pop(task.key)
-        self.finished += 1
-        if cost:  # a task without a cost says nothing about the speed of those with one
-            self.cost, self.busy = self.cost + cost, self.busy + time.monotonic() - started
-
-    def show(self, bar: tqdm) -> None:
-        """Redraw ``bar``; a running task counts as far as its time suggests."""
-        speed, now = self.cost / self.busy if self.busy else 0.0, time.monotonic()
-        part = self.cost + sum(min(0.9 * cost, speed * (now - started)) for cost, started in self.running.values())
-        bar.n = part / self.total if self.total else self.finished / self.number
-        bar.set_description_str(f"{self.finished} of {self.number} tasks, {bar.n:4.0%}", refresh=False)
-        if speed and bar.n < 1:
-            bar.set_postfix_str(f"about {max(self.total - part, 0.0) / speed / self.workers / 60:.1f} min left", refresh=False)
-        bar.refresh()
 
 
 class _Stdout:

@@ -1,11 +1,10 @@
 """Teacher targets behind one interface: a live model, or a cache of what it said about every training example.
 
-A teacher has ``prepare(student, tokenizer, dataset, objective, device)``, which checks everything that can be checked
-before training and returns the common vocabulary, and ``targets(inputs, mask)``, which gives a batch's teacher rows in the
-form that :func:`kdlib.losses.distillation_loss` takes.
+A teacher has ``prepare(student, tokenizer, dataset, objective, device)``, which checks before training all that can be checked
+and returns the common vocabulary, and ``targets(inputs, mask)``, a batch's teacher rows as :mod:`kdlib.losses` takes them.
 
-A cache is a folder of Arrow shards and a manifest. Targets are found by example id, never by order, and a cache made from
-another teacher, tokenizer, template or text is refused. Four formats:
+A cache is a folder of Arrow shards with manifests. Targets are found by example id, never by order, and a cache of another
+teacher, tokenizer, template or text is refused. Four formats:
 
 * ``full``: all logits; exact, at any temperature.
 * ``hidden``: what the teacher's LM head reads, and that head once; as exact, and smaller where the vocabulary is wider than
@@ -28,12 +27,11 @@ from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 
 from kdlib import inference, models, store
-from kdlib.data import IGNORE, Collator, example_key
+from kdlib.data import Collator, example_key
 from kdlib.losses import Head, Hidden, Objective, Sparse
 
-FORMATS = ("full", "hidden", "top_k", "sampled")
+ALLOWED = {"form": ("full", "hidden", "top_k", "sampled"), "tail": ("bucket", "renormalise"), "dtype": ("float16", "float32")}
 EXACT = ("full", "hidden")
-TAILS = ("bucket", "renormalise")
 
 
 class Live:
@@ -79,57 +77,44 @@ def _identity(tokenizer) -> dict:
 
 @torch.no_grad()
 def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form: str = "top_k", k: int = 64, tail: str = "bucket",
-                temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32,
-                teacher_hash: str | None = None) -> Path:
+                temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32) -> Path:
     """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``).
 
     Shards that are whole are kept, so a writer that was killed goes on where it was. ``dtype`` is that of the stored numbers.
     Raises ValueError on a bad setting, on rows with the same id, or if ``folder`` holds a cache of something else.
     """
-    folder = Path(folder)
-    vocabulary = len(tokenizer)
-    if form not in FORMATS:
-        raise ValueError(f"form={form!r} is not a cache format; allowed: {', '.join(FORMATS)}.")
-    if tail not in TAILS:
-        raise ValueError(f"tail={tail!r} is not allowed; allowed: {', '.join(TAILS)}.")
-    if dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype={dtype!r} is not allowed; allowed: float16, float32.")
+    folder, vocabulary = Path(folder), len(tokenizer)
+    for name, value in (("form", form), ("tail", tail), ("dtype", dtype)):
+        if value not in ALLOWED[name]:
+            raise ValueError(f"{name}={value!r} is not allowed; allowed: {', '.join(ALLOWED[name])}.")
     if form not in EXACT and not 1 <= k <= (vocabulary if form == "top_k" else 2**16):
         raise ValueError(f"k={k!r} is not allowed; allowed: 1 to {vocabulary}, the size of the vocabulary.")
     if len({r["id"] for r in rows}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one.")
-    spec = {"teacher": teacher_hash or weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form,
-            "dtype": dtype, "rows": store.digest([[r["id"], row_hash(r)] for r in rows]), "shard_rows": shard_rows}
+    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype,
+            "rows": store.digest([[r["id"], row_hash(r)] for r in rows]), "shard_rows": shard_rows}
     if form not in EXACT:
         spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature}
         spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
+    head = model.get_output_embeddings()
     if form == "hidden":
-        linear = inference.linear_head(model)
-        if linear is None:
+        spec |= {"width": head.in_features, "linear": inference.linear_head(model)}
+        if spec["linear"] is None:
             raise ValueError("form='hidden' needs a teacher whose logits are one matrix times its hidden states; allowed: another form.")
-        spec |= {"width": model.get_output_embeddings().in_features, "linear": linear}
     folder.mkdir(parents=True, exist_ok=True)
     with store.lock(folder, "write"):
-        _check_spec(folder, spec)
+        if not (folder / "spec.json").exists():
+            store.write_atomic(folder / "spec.json", json.dumps(spec, indent=1))
+        if differs := [n for n, v in _read_spec(folder).items() if spec.get(n) != v]:
+            raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")
         if form == "hidden":
-            module = model.get_output_embeddings()
-            parts = {n: getattr(module, n).detach().cpu().contiguous() for n in ("weight", "bias") if getattr(module, n) is not None}
+            parts = {n: v.detach().cpu().contiguous() for n in ("weight", "bias") if (v := getattr(head, n)) is not None}
             store.fill(folder / "head", lambda work: save_file(parts, work / "head.safetensors"))
         shards = [rows[start:start + shard_rows] for start in range(0, len(rows), shard_rows)]
         for number, part in enumerate(shards):
-            store.fill(folder / f"shard-{number:05d}",
-                       lambda work: _write_shard(work, model, tokenizer, part, spec, number, batch_size))
+            store.fill(folder / f"shard-{number:05d}", lambda work: _write_shard(work, model, tokenizer, part, spec, number, batch_size))
         store.write_atomic(folder / "complete.json", json.dumps({"shards": len(shards)}))
     return folder
-
-
-def _check_spec(folder: Path, spec: dict) -> None:
-    path = folder / "spec.json"
-    if not path.exists():
-        store.write_atomic(path, json.dumps(spec, indent=1))
-    differs = [n for n, v in _read_spec(folder).items() if spec.get(n) != v]
-    if differs:
-        raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")
 
 
 def _read_spec(folder: Path) -> dict:
@@ -147,10 +132,7 @@ def _write_shard(work: Path, model, tokenizer, rows, spec: dict, number: int, ba
         chunk = order[start:start + batch_size]
         batch = {n: v.to(model.device) for n, v in collate([rows[i] for i in chunk]).items()}
         mask, _ = inference.response_rows(batch["labels"])
-        if spec["form"] == "hidden":
-            packed = {"hidden": inference.at_head(model, batch, mask, lambda h: h).to(getattr(torch, spec["dtype"]))}
-        else:
-            packed = _pack(inference.response_logits(model, batch, mask)[:, :spec["vocabulary"]].float(), spec, generator)
+        packed = _pack(model, batch, mask, spec, generator)
         parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in packed.items()}
         for place, i in enumerate(chunk):
             out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
@@ -158,8 +140,11 @@ def _write_shard(work: Path, model, tokenizer, rows, spec: dict, number: int, ba
     Dataset.from_dict({**keys, **{n: [o[n] for o in out] for n in out[0]}}).save_to_disk(work)
 
 
-def _pack(logits, spec: dict, generator) -> dict:
+def _pack(model, batch, mask, spec: dict, generator) -> dict:
     kind, small = getattr(torch, spec["dtype"]), torch.uint16 if spec["vocabulary"] <= 2**16 else torch.int32
+    if spec["form"] == "hidden":
+        return {"hidden": inference.at_head(model, batch, mask, lambda hidden: hidden).to(kind)}
+    logits = inference.response_logits(model, batch, mask)[:, :spec["vocabulary"]].float()
     if spec["form"] == "full":
         return {"logits": logits.to(kind)}
     log_p = F.log_softmax(logits / spec["temperature"], -1)
@@ -167,10 +152,9 @@ def _pack(logits, spec: dict, generator) -> dict:
         ids = torch.multinomial(log_p.exp().cpu(), spec["k"], replacement=True, generator=generator)
         return {"ids": ids.to(small), "entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
     top, ids = log_p.topk(spec["k"])
-    rest = torch.log1p(-top.exp().sum(-1).clamp(max=1))  # −inf where the k hold everything
     if spec["tail"] == "renormalise":
         return {"ids": ids.to(small), "log_probs": (top - top.logsumexp(-1, keepdim=True)).to(kind)}
-    return {"ids": ids.to(small), "log_probs": top.to(kind), "log_tail": rest}
+    return {"ids": ids.to(small), "log_probs": top.to(kind), "log_tail": torch.log1p(-top.exp().sum(-1).clamp(max=1))}
 
 
 class Cached:
@@ -181,88 +165,69 @@ class Cached:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.spec = _read_spec(self.folder)
+        self.spec, self.head = _read_spec(self.folder), None
         done = self.folder / "complete.json"
         if not done.is_file():
             raise ValueError(f"The cache in {folder} is unfinished; write it again and it goes on where it stopped.")
-        self.head = None
         if self.spec["form"] == "hidden":
-            parts = load_file(store.check_files(self.folder / "head") / "head.safetensors")
-            self.head = Head(parts["weight"], parts.get("bias"), **self.spec["linear"])
-        self.shards, self.place, self.bytes = [], {}, 0
+            self.head = load_file(store.check_files(self.folder / "head") / "head.safetensors")
+        self.shards, self.place, size, tokens = [], {}, 0, 0
+        widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "entropy": 1, "log_tail": 1}
+        self.widths = {n: widths.get(n, self.spec.get("k")) for n in ("logits", "hidden", "ids", "log_probs", "entropy", "log_tail")}
         for number in range(json.loads(done.read_text())["shards"]):
-            path = self.folder / f"shard-{number:05d}"
-            store.check_files(path)
-            table = load_from_disk(path).data
+            table = load_from_disk(store.check_files(self.folder / f"shard-{number:05d}")).data
             columns = {n: table.column(n).combine_chunks() for n in table.column_names}
-            arrays = {n: (c.offsets.to_numpy(), c.values.to_numpy()) for n, c in columns.items() if n not in ("key", "tokens")}
-            self.bytes += sum(values.nbytes for _, values in arrays.values())
-            for i, (key, tokens) in enumerate(zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())):
-                self.place[key] = number, i, tokens
+            arrays = {n: (c.offsets.to_numpy(), c.values.to_numpy()) for n, c in columns.items() if n in self.widths}
+            for i, (key, marks) in enumerate(zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())):
+                self.place[key] = number, i, marks
+            size += sum(values.nbytes for _, values in arrays.values())
+            tokens += next(len(values) // self.widths[n] for n, (_, values) in arrays.items())
             self.shards.append(arrays)
+        self.bytes_per_token = size / max(tokens, 1)
 
     def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int:
         """Check the cache against everything it depends on and return its vocabulary. Raises ValueError with the reason."""
+        spec, where = self.spec, f"the cache in {self.folder}"
         if tokenizer is None:
             raise ValueError("A cached teacher needs the student's tokenizer (processing_class), to compare it with its own.")
         for part, value in _identity(tokenizer).items():
-            if value != self.spec[part]:
-                raise ValueError(f"The cache in {self.folder} was made with another {part}; write it anew.")
+            if value != spec[part]:
+                raise ValueError(f"T{where[1:]} was made with another {part}; write it anew.")
         width = student.get_output_embeddings().weight.shape[0]
-        if width < self.spec["vocabulary"]:
-            raise ValueError(f"The cache in {self.folder} covers {self.spec['vocabulary']} tokens, the student's head {width}.")
-        if self.spec["form"] not in EXACT and objective.temperature != self.spec["temperature"]:
-            raise ValueError(f"temperature={objective.temperature} but the cache in {self.folder} was made at "
-                             f"{self.spec['temperature']}; allowed: that, or a full or hidden cache.")
-        linear = objective.kind == "forward_kl" or (objective.kind == "jsd" and objective.beta == 0)
-        if self.spec["form"] == "sampled" and not linear:
+        if width < spec["vocabulary"]:
+            raise ValueError(f"T{where[1:]} covers {spec['vocabulary']} tokens, the student's head {width}.")
+        if spec["form"] not in EXACT and objective.temperature != spec["temperature"]:
+            raise ValueError(f"temperature={objective.temperature} but {where} was made at {spec['temperature']}; allowed: that, "
+                             "or a full or hidden cache.")
+        if spec["form"] == "sampled" and objective.divergence != "forward_kl":
             raise ValueError(f"kind={objective.kind!r} with a sampled cache would be biased; allowed: forward_kl.")
-        if self.spec.get("tail") == "renormalise" and (objective.kind == "reverse_kl" or (objective.kind == "jsd" and objective.beta == 1)):
+        if spec.get("tail") == "renormalise" and objective.divergence == "reverse_kl":
             raise ValueError(f"kind={objective.kind!r} is infinite where a renormalised cache has no mass; allowed: tail='bucket'.")
-        if self.head is not None:
-            self.head = self.head._replace(weight=self.head.weight.to(device), bias=None if self.head.bias is None else self.head.bias.to(device))
         for row in dataset:
             found = self.place.get(example_key(row["id"]))
             if found is None or found[2] != row_hash(row):
-                raise ValueError(f"The cache in {self.folder} {'has no' if found is None else 'holds other tokens for'} example "
-                                 f"{row['id']!r}; write it anew for these data.")
-        return self.spec["vocabulary"]
+                raise ValueError(f"T{where[1:]} {'has no' if found is None else 'holds other tokens for'} example {row['id']!r}; "
+                                 "write it anew for these data.")
+        self.head = self.head and {n: v.to(device) for n, v in self.head.items()}
+        return spec["vocabulary"]
 
-    def _column(self, places, name: str) -> np.ndarray:
-        parts = []
-        for shard, row, _ in places:
-            offsets, values = self.shards[shard][name]
-            parts.append(values[offsets[row]:offsets[row + 1]])
-        return np.concatenate(parts)
-
-    def targets(self, inputs: dict, mask: torch.Tensor) -> Sparse | torch.Tensor:
+    def targets(self, inputs: dict, mask: torch.Tensor) -> Sparse | Hidden | torch.Tensor:
         """The rows of a batch that names its examples (``example``, as the collator does)."""
         places, device = [self.place[key] for key in inputs["example"].tolist()], mask.device
 
-        def column(name, width):
-            return torch.from_numpy(self._column(places, name)).to(device, non_blocking=True).view(-1, width)
+        def column(name):
+            parts = [(self.shards[shard][name], row) for shard, row, _ in places]
+            flat = np.concatenate([values[offsets[row]:offsets[row + 1]] for (offsets, values), row in parts])
+            return torch.from_numpy(flat).to(device, non_blocking=True).view(-1, self.widths[name])
 
         if self.spec["form"] == "full":
-            return column("logits", self.spec["vocabulary"])
+            return column("logits")
         if self.spec["form"] == "hidden":
-            return Hidden(column("hidden", self.spec["width"]).to(self.head.weight.dtype), self.head)
-        k = self.spec["k"]
-        ids = column("ids", k).long()
+            head = Head(self.head["weight"], self.head.get("bias"), **self.spec["linear"])
+            return Hidden(column("hidden").to(head.weight.dtype), head)
+        ids = column("ids").long()
+        no_rest = torch.full((len(ids),), -math.inf, device=device)
         if self.spec["form"] == "sampled":
-            known = torch.full(ids.shape, -math.log(k), device=device)
-            return Sparse(ids, known, torch.full((len(ids),), -math.inf, device=device), math.log(k) - column("entropy", 1)[:, 0])
-        known = column("log_probs", k).float()
-        rest = column("log_tail", 1)[:, 0] if self.spec["tail"] == "bucket" else torch.full((len(ids),), -math.inf, device=device)
-        return Sparse(ids, known, rest)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Stored bytes for one response token."""
-        tokens = sum(len(next(iter(a.values()))[1]) for a in self.shards)
-        width = {"full": self.spec["vocabulary"], "hidden": self.spec.get("width")}.get(self.spec["form"], self.spec.get("k"))
-        return self.bytes / (tokens / width)
-
-
-def response_count(rows: list[dict]) -> int:
-    """Response tokens of rendered rows, as the loss counts them."""
-    return sum(t != IGNORE for r in rows for t in r["labels"][1:])
+            log_k = math.log(self.spec["k"])
+            return Sparse(ids, torch.full(ids.shape, -log_k, device=device), no_rest, log_k - column("entropy")[:, 0])
+        return Sparse(ids, column("log_probs").float(), column("log_tail")[:, 0] if self.spec["tail"] == "bucket" else no_rest)

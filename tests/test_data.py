@@ -119,5 +119,26 @@ def test_collator_pads_on_the_right_and_masks_the_padding():
     batch = data.Collator(9)([{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [4, IGNORE, IGNORE]]
+    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE] * 3], "nothing predicts a first token"
     assert batch["labels"].dtype == torch.long
+
+
+def test_packing_loses_no_row_and_starts_positions_anew():
+    rows = [{"id": str(n), "input_ids": [10 * n + i for i in range(n)], "labels": [IGNORE] + [n] * (n - 1)} for n in (1, 2, 3, 5, 2, 1, 6)]
+    rows = [{**r, "id": str(i)} for i, r in enumerate(rows)]
+    batch = data.Collator(0, pack=True)(rows)
+    assert "attention_mask" not in batch and batch["input_ids"].shape == (2, 12)
+    found, order = [], []
+    for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist()):
+        starts = [i for i, p in enumerate(positions) if p == 0] + [len(ids)]
+        found += [tuple(ids[a:b]) for a, b in zip(starts, starts[1:])]
+    keys = [data.example_key(r["id"]) for r in rows]
+    order = [tuple(rows[keys.index(k)]["input_ids"]) for k in batch["example"].tolist()]
+    assert [f for f in found if f != (0,)] == order and sorted(order) == sorted(tuple(r["input_ids"]) for r in rows)
+    assert (batch["labels"] != IGNORE).sum() == sum(len(r["input_ids"]) - 1 for r in rows)
+
+
+def test_rows_of_one_length_are_not_packed():
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}] * 4
+    assert data.Collator(0, pack=True)(rows)["input_ids"].shape == (4, 3)
+    assert data.bins([3, 9, 4, 4, 2], 10) == [[1], [2, 3, 4], [0]]

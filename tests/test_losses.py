@@ -269,9 +269,9 @@ def test_the_loss_divides_by_the_given_count_so_splits_do_not_matter():
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"kind": "kl"}, "kind='kl' is not a divergence; allowed: forward_kl, reverse_kl, jsd"), ({"beta": 1.5}, "beta=1.5 must lie between 0"),
-    ({"beta": -0.1}, "beta=-0.1"), ({"skew": 1.0}, "skew=1.0 must lie"), ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-    ({"temperature": math.inf}, "temperature=inf"), ({"temperature": math.nan}, "temperature=nan"), ({"alpha": 1.2}, "alpha=1.2 must lie"),
+    ({"kind": "kl"}, "kind='kl' is not allowed; allowed: forward_kl, reverse_kl, jsd"), ({"beta": 1.5}, "beta=1.5 is not allowed; allowed: 0"),
+    ({"beta": -0.1}, "beta=-0.1"), ({"skew": 1.0}, "skew=1.0 is not allowed"), ({"temperature": 0.0}, "temperature=0.0 is not allowed"),
+    ({"temperature": math.inf}, "temperature=inf"), ({"temperature": math.nan}, "temperature=nan"), ({"alpha": 1.2}, "alpha=1.2 is not allowed"),
     ({"alpha": math.nan}, "alpha=nan"), ({"alpha": 0.5}, "asks for distillation, but there is no teacher")])
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,3 @@
-import io
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 from tiny import plan
-from tqdm import tqdm
 
 from kdlib import results, runner, study
 
@@ -42,28 +40,14 @@ def test_tasks_wait_for_what_they_need_and_share_the_work(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(t.key for t in tasks)
     assert len({p.read_text() for p in tmp_path.iterdir()}) == 2, "two processes"
     said = capsys.readouterr()
-    assert "12 of 12 tasks, 100%" in said.out and "min left" in said.out and not said.err
+    assert "12 of 12 tasks, 100%" in said.out and "left" in said.out and not said.err
 
 
-def test_the_estimate_goes_by_what_finished_tasks_took(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
-    costs = {"free": 0.0, "a": 1.0, "b": 1.0, "c": 4.0, "d": 2.0}
-    tasks = {k: runner.Task(k, _note, (), (), c) for k, c in costs.items()}
-    progress, said = runner._Progress(list(tasks.values()), workers=2), io.StringIO()
-    with tqdm(total=1.0, file=said, bar_format="{desc}{postfix}") as bar:
-        for name in ("free", "a"):
-            progress.start(tasks[name])
-        now[0] = 30.0
-        progress.finish(tasks["free"])
-        progress.show(bar)
-        assert bar.n == 0 and "left" not in said.getvalue(), "no estimate from a task that costs nothing"
-        progress.start(tasks["c"])
-        now[0] = 60.0
-        progress.finish(tasks["a"])
-        progress.show(bar)
-    assert bar.n == pytest.approx(1.5 / 8), "one in 60 s, and the one that has run for 30 s"
-    assert "about 3.2 min left" in said.getvalue(), "6.5 minutes of work for two"
+def test_the_bar_weighs_tasks_by_their_cost(tmp_path, capsys):
+    light, heavy = (runner.Task(n, _note, (str(tmp_path), n), (), cost) for n, cost in (("light", 1.0), ("heavy", 3.0)))
+    runner.compute([light, heavy._replace(needs=("light",))], workers=1)
+    said = capsys.readouterr().out
+    assert "1 of 2 tasks,  25%" in said and "2 of 2 tasks, 100%" in said
 
 
 def test_a_failure_stops_the_rest_and_keeps_what_is_done(tmp_path):

@@ -108,7 +108,7 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     from kdlib import trainer
 
     seen = []
-    monkeypatch.setattr(trainer, "train", lambda model, rows, **how: seen.append(rows) or {"train_loss": 0.0})
+    monkeypatch.setattr(trainer, "train", lambda model, tokenizer, rows, **how: seen.append(rows) or {"train_loss": 0.0})
     configs = plan(tiny_root).configs
     for config in (configs[0], configs[1], configs[4]):  # SFT and KD at the small budget, SFT at the large one
         study._train_and_evaluate(tiny_root, config)

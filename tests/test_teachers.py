@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from kdlib import data, inference, models, teachers
-from kdlib.losses import Objective, distillation_loss
-from kdlib.teachers import Cached, Live, write_cache
+from kdlib.losses import Hidden, Objective, distillation_loss
+from kdlib.teachers import EXACT, Cached, Live, write_cache
 
 KD = Objective(alpha=1.0)
 
@@ -30,8 +30,8 @@ def rows_of(source, student, tokenizer, examples, objective=KD, chosen=(3, 0, 47
     mask, targets = inference.response_rows(batch["labels"])
     vocabulary = source.prepare(student, tokenizer, examples, objective, "cpu")
     found = source.targets(batch, mask)
-    if isinstance(source, Live):
-        found = found.head.logits(found.states)
+    if isinstance(found, Hidden):
+        found = found.logits
     return found, inference.response_logits(student, batch, mask).detach().requires_grad_(), targets, vocabulary
 
 
@@ -46,9 +46,10 @@ def loss_and_gradient(source, student, tokenizer, examples, objective=KD):
 def test_exact_caches_equal_the_live_teacher(student, teacher, tokenizer, examples, tmp_path, kind, temperature):
     objective = Objective(alpha=0.7, kind=kind, temperature=temperature)
     live = loss_and_gradient(Live(teacher), student, tokenizer, examples, objective)
-    full = cache(tmp_path / "full", teacher, tokenizer, examples, form="full", dtype="float32")
-    for a, b in zip(live, loss_and_gradient(full, student, tokenizer, examples, objective)):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for form in EXACT:
+        whole = cache(tmp_path / form, teacher, tokenizer, examples, form=form, dtype="float32")
+        for a, b in zip(live, loss_and_gradient(whole, student, tokenizer, examples, objective)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     most = cache(tmp_path / "top", teacher, tokenizer, examples, k=len(tokenizer) - 1, temperature=temperature, dtype="float32")
     for a, b in zip(live, loss_and_gradient(most, student, tokenizer, examples, objective)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -118,7 +119,7 @@ def test_every_mismatch_is_refused_with_its_reason(student, teacher, tokenizer, 
     refused("was made with another (tokenizer|template)", tokenizer=changed)
     refused("has no example 'new'", rows=[{**examples[0], "id": "new"}])
     refused("holds other tokens for example 'row 0'", rows=[{**examples[1], "id": "row 0"}])
-    refused("temperature=2.0 but the cache .* was made at 1.0; allowed: that, or a full cache", objective=Objective(temperature=2.0))
+    refused("temperature=2.0 but the cache .* was made at 1.0; allowed: that, or a full or hidden cache", objective=Objective(temperature=2.0))
     refused("kind='jsd' with a sampled cache would be biased", objective=Objective(kind="jsd"),
             source=cache(tmp_path / "s", teacher, tokenizer, examples, form="sampled", k=4))
     refused("kind='reverse_kl' is infinite where", objective=Objective(kind="reverse_kl"),
@@ -143,7 +144,7 @@ def test_a_damaged_cache_is_refused(teacher, tokenizer, examples, tmp_path, dama
         Cached(folder)
 
 
-@pytest.mark.parametrize("how, message", [({"form": "zip"}, "form='zip' is not a cache format"), ({"tail": "drop"}, "tail='drop'"),
+@pytest.mark.parametrize("how, message", [({"form": "zip"}, "form='zip' is not allowed; allowed: full, hidden, top_k, sampled"), ({"tail": "drop"}, "tail='drop'"),
                                           ({"k": 0}, "k=0 is not allowed"), ({"k": 10**6}, "k=1000000"), ({"dtype": "int8"}, "dtype='int8'"),
                                           ({"temperature": 0.0}, "temperature=0.0")])
 def test_bad_settings_are_named(teacher, tokenizer, examples, tmp_path, how, message):

@@ -4,7 +4,9 @@ import sys
 from dataclasses import replace
 
 from kdlib import store, study
-from kdlib.presets import METHODS, SMOKE
+from kdlib.presets import METHODS, PRESETS
+
+SMOKE = PRESETS["smoke"]
 
 TINY = replace(
     SMOKE, name="tiny", source={"kind": "lab", "pretrain_lines": 2000, "pool_rows": 200, "test_rows": 40, "unseen_rows": 20},
