@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 LADDER = {
     "nano": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "micro": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "student": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "teacher": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "student": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "teacher": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
     "text-student": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
     "text-teacher": {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6},
 }
