@@ -11,7 +11,7 @@ EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -qiE 'index|find-links' && echo https://download.pytorch.org/whl/cpu)
 
-.PHONY: study smoke test lab sweep outputs readme clean
+.PHONY: study smoke test lab sweep bench outputs readme clean
 
 study: $(READY)
 	@$(BIN)/python -c "from kdlib import study; study.plan('', {'preset': '$(PRESET)', 'results_dir': '$(OUT)'})"
@@ -35,6 +35,10 @@ lab: $(READY)
 
 sweep: $(READY)
 	$(BIN)/python -c "from kdlib import sweep; sweep.main('$(PRESET)', '$(OUT)', $(WORKERS))"
+
+bench: $(READY)
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python tests/bench/run.py
 
 # Run the notebooks in place and keep their outputs, without what changes from run to run.
 outputs: $(READY)

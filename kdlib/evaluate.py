@@ -29,19 +29,16 @@ def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> li
 
 def macro(outcomes: list[int], groups: list[str]) -> tuple[float, dict[str, float]]:
     """``(mean over groups of the group means, the group means)``."""
-    by_group: dict[str, list[int]] = {}
-    for outcome, group in zip(outcomes, groups):
-        by_group.setdefault(group, []).append(outcome)
-    means = {g: sum(v) / len(v) for g, v in sorted(by_group.items())}
+    own = {group: [o for o, g in zip(outcomes, groups) if g == group] for group in sorted(set(groups))}
+    means = {group: sum(of_group) / len(of_group) for group, of_group in own.items()}
     return sum(means.values()) / len(means), means
 
 
 @torch.inference_mode()
 def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -> dict[str, torch.Tensor]:
-    """Per response token of ``rendered`` rows, in row order: ``row``, ``nll`` (nats), ``confidence`` and ``correct``.
+    """Float32 per response token, in row order: ``row``, ``nll`` (nats), ``confidence`` (largest probability), ``correct``.
 
-    Confidence is the largest probability, correct whether it falls on the label. With a ``teacher`` also its ``teacher_nll``
-    and ``teacher_entropy`` (nats) and ``agree``, whether both put the same token first. All float32, shape (tokens,).
+    With a ``teacher`` also its ``teacher_nll`` and ``teacher_entropy`` (nats) and ``agree``, whether both put one token first.
     """
     collate, parts = Collator(pad_token_id), []
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
@@ -52,8 +49,7 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
         log_q = F.log_softmax(response_logits(model, batch, mask).float(), -1)
         best, guess = log_q.max(-1)
-        part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(),
-                "correct": guess == targets}
+        part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "correct": guess == targets}
         if teacher is not None:
             log_p = F.log_softmax(response_logits(teacher, batch, mask).float(), -1)
             part |= {"teacher_nll": -log_p.gather(1, targets[:, None])[:, 0], "agree": log_p.argmax(-1) == guess,
@@ -80,9 +76,7 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
              teacher=None) -> tuple[dict, dict]:
     """``(metrics, items)`` of a model on rendered held-out rows.
 
-    With ``verify`` accuracy comes by suite and skill; ``clean`` are the same rows rendered with faultless answers. Items
-    keep, per row and in row order, ``id``, ``suite``, ``skill``, ``bytes`` and ``nll`` of the answer (nats, 4 decimals) and, with
-    ``verify``, ``correct`` (0 or 1).
+    ``clean`` are the same rows with faultless answers. Items hold a value a row; ``nll`` is the answer's, in nats.
     """
     metrics: dict = {"accuracy": None, "accuracy_unseen": None}
     items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
@@ -94,16 +88,13 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
                 metrics[name], metrics[f"{name}_by_skill"] = macro(*map(list, zip(*pairs)))
     scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id, teacher)
     nll = torch.zeros(len(rows)).index_add_(0, scores["row"].long(), scores["nll"]).tolist()
-    items["nll"] = [round(v, 4) for v in nll]
     answers = ["".join(m["content"] for m in ms if m["role"] == "assistant") for ms in rows["messages"]]
-    items["bytes"] = [len(a.encode()) for a in answers]
-    by_skill = {}
-    for skill in sorted(set(rows["skill"])):
-        own = [i for i, s in enumerate(rows["skill"]) if s == skill]
-        by_skill[skill] = bits_per_byte([nll[i] for i in own], [answers[i] for i in own])
+    items |= {"nll": [round(v, 4) for v in nll], "bytes": [len(a.encode()) for a in answers]}
+    own = {skill: [i for i, s in enumerate(items["skill"]) if s == skill] for skill in sorted(set(items["skill"]))}
+    by_skill = {skill: bits_per_byte([nll[i] for i in places], [answers[i] for i in places]) for skill, places in own.items()}
     metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers),
-                "bits_per_byte_by_skill": by_skill,
-                "top1": float(scores["correct"].mean()), "ece": calibration_error(scores["confidence"], scores["correct"])}
+                "bits_per_byte_by_skill": by_skill, "top1": float(scores["correct"].mean()),
+                "ece": calibration_error(scores["confidence"], scores["correct"])}
     if clean is not None:
         metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())
     if teacher is not None:

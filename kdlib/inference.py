@@ -6,6 +6,8 @@ from torch import nn
 from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
 
 def response_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``(mask, targets)``: positions (B, L) whose next token is a response token, and those tokens (N,)."""
@@ -13,11 +15,6 @@ def response_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     nxt[:, :-1] = labels[:, 1:]
     mask = nxt != IGNORE
     return mask, nxt[mask]
-
-
-def model_inputs(inputs: dict) -> dict:
-    """What a model's forward takes of a batch."""
-    return {k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids") if inputs.get(k) is not None}
 
 
 def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> torch.Tensor:
@@ -28,7 +25,7 @@ def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> to
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:]))
     try:
-        return (wrapped or model)(**model_inputs(inputs), use_cache=False).logits
+        return (wrapped or model)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False).logits
     finally:
         handle.remove()
 
@@ -42,11 +39,12 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
 
     def forward(hidden):
         results.append(compute(hidden[mask]))
-        return hidden.new_zeros(1, 1, 1)  # the model may scale or cap what it takes for logits
+        # A wrapper looks from the output for the parameters in use; the model may scale or cap what it takes for logits.
+        return results[0].sum().reshape(1, 1, 1)
 
     head.forward = forward
     try:
-        (wrapped or model)(**model_inputs(inputs), use_cache=False)
+        (wrapped or model)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False)
     finally:
         del head.forward
     return results[0]
@@ -56,8 +54,7 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
 def linear_head(model) -> dict | None:
     """``scale`` and ``softcap`` with which :class:`~kdlib.losses.Head` gives the model's own logits; None if it cannot.
 
-    Read from the configuration, then checked on a few tokens, so that a model that does something else to its logits, or
-    whose head is not one matrix, falls back to its own forward pass.
+    Read from the configuration and checked on a few tokens, so that any other model falls back to its own forward pass.
     """
     module, config = model.get_output_embeddings(), model.config
     if type(module) is not nn.Linear:

@@ -1,15 +1,13 @@
 """The lab world: a seeded, procedural instruction world in plain text, with a verifier for every answer.
 
-``World(world_seed)`` draws facts, a dictionary and phrasings. It yields base pre-training text (raw statements of facts and
-worked examples, and questions nobody answered) and an instruction mixture in ``messages`` form whose ten skills follow the
-categories of Tulu 3 (knowledge, reasoning, mathematics, list operations, translation, constraint following). Annotators
-answer in several styles and slip at a stated rate. What is asked in the test and validation splits is never asked in
-the training split, in any phrasing; a third of the phrasings are kept for the *unseen* suite.
+Its ten skills follow the categories of Tulu 3. Annotators answer in several styles and slip at a stated rate. What the test
+and validation splits ask, the training split never does; a third of the phrasings are kept for the *unseen* suite.
 """
 
 import random
 import tomllib
 import zlib
+from functools import partialmethod
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -44,14 +42,12 @@ class World:
         rng = random.Random(f"world {world_seed}")
         self.world_seed = world_seed
         self.land = {town: LANDS[i % len(LANDS)] for i, town in enumerate(rng.sample(TOWNS, len(TOWNS)))}
-        pools = {"town": TOWNS, **{r: WORDS[r] for r in ("job", "food", "colour")}}
-        self.facts = {p: {r: rng.choice(pool) for r, pool in pools.items()} for p in NAMES}
-        self.pools = pools
-        foreign = rng.sample(FOREIGN, len(FOREIGN))
-        self.dictionary = dict(zip(WORDS["colour"] + WORDS["animal"] + ["big", "small"], foreign))
+        self.pools = {"town": TOWNS, **{r: WORDS[r] for r in ("job", "food", "colour")}}
+        self.facts = {p: {r: rng.choice(pool) for r, pool in self.pools.items()} for p in NAMES}
+        self.dictionary = dict(zip(WORDS["colour"] + WORDS["animal"] + ["big", "small"], rng.sample(FOREIGN, len(FOREIGN))))
         self.noun_first = rng.random() < 0.5
         self.unseen = {skill: set(rng.sample(range(6), 2)) for skill in SKILLS}
-        small = {"recall": [f"{p} {r}" for p in NAMES for r in pools], "two_hop": list(NAMES),
+        small = {"recall": [f"{p} {r}" for p in NAMES for r in self.pools], "two_hop": list(NAMES),
                  "classify": [w for members in WORDS.values() for w in members],
                  "name": [" ".join(kinds) for kinds in permutations(WORDS, 3)]}
         self.bucket = {(skill, key): 10 * i // len(keys)
@@ -64,8 +60,7 @@ class World:
     def _recall(self, rng):
         p, r = rng.choice(NAMES), rng.choice(list(self.pools))
         answer = self.facts[p][r]
-        slip = rng.choice([v for v in self.pools[r] if v != answer])
-        return Question(f"{p} {r}", {"p": p, "r": r}, answer, slip)
+        return Question(f"{p} {r}", {"p": p, "r": r}, answer, rng.choice([v for v in self.pools[r] if v != answer]))
 
     def _two_hop(self, rng):
         p = rng.choice(NAMES)
@@ -95,28 +90,22 @@ class World:
             rng.shuffle(wrong)
         return Question(text, {"l": text}, answer, " ".join(wrong))
 
-    def _sort(self, rng):
-        return self._letters(rng, sorted)
-
-    def _reverse(self, rng):
-        return self._letters(rng, lambda letters: letters[::-1])
+    _sort = partialmethod(_letters, change=sorted)
+    _reverse = partialmethod(_letters, change=lambda letters: letters[::-1])
 
     def _count(self, rng):
         letters = [rng.choice(LETTERS[:4]) for _ in range(rng.randint(3, 5))]
         x, text = rng.choice(LETTERS[:4]), " ".join(letters)
-        n = letters.count(x)
-        return self._number(rng, f"{x} {text}", {"x": x, "l": text}, n)
+        return self._number(rng, f"{x} {text}", {"x": x, "l": text}, letters.count(x))
 
     def _translate(self, rng):
         words = [rng.choice(WORDS["colour"]), rng.choice(WORDS["animal"])]
         if rng.random() < 0.5:
             words.insert(0, rng.choice(["big", "small"]))
-        order = words[::-1] if self.noun_first else words
-        foreign = [self.dictionary[w] for w in order]
-        wrong = list(foreign)
+        foreign = [self.dictionary[w] for w in (words[::-1] if self.noun_first else words)]
+        wrong, text = list(foreign), " ".join(words)
         wrong[rng.randrange(len(wrong))] = rng.choice([f for f in self.dictionary.values() if f not in foreign])
-        text, answer = " ".join(words), " ".join(foreign)
-        return Question(text, {"s": text}, answer, " ".join(wrong))
+        return Question(text, {"s": text}, " ".join(foreign), " ".join(wrong))
 
     def _classify(self, rng):
         kind = rng.choice(list(WORDS))
@@ -131,11 +120,7 @@ class World:
         return Question(" ".join(kinds), dict(zip("cde", kinds)), " ".join(answer), " ".join(wrong))
 
     def verify(self, row: dict, response: str) -> bool:
-        """True if ``response`` answers ``row`` (columns ``skill``, ``answer``), whatever its style.
-
-        The words of the answer styles are dropped; the rest must equal the answer, or, for the open-ended ``name``
-        skill, be words of the kinds that the answer has.
-        """
+        """True if ``response``, without its style, answers ``row`` (``skill``, ``answer``); any words of the kinds for ``name``."""
         words = [w for w in response.split() if w not in FILLER]
         wanted = row["answer"].split()
         if row["skill"] != "name":
@@ -145,8 +130,7 @@ class World:
 
     def split_of(self, skill: str, key: str) -> str:
         """The split a question belongs to, fixed by its content: 20% test, 10% validation, 70% train."""
-        hashed = zlib.crc32(f"{self.world_seed} {skill} {key}".encode()) % 10
-        bucket = self.bucket.get((skill, key), hashed)
+        bucket = self.bucket.get((skill, key), zlib.crc32(f"{self.world_seed} {skill} {key}".encode()) % 10)
         return "test" if bucket < 2 else "validation" if bucket == 2 else "train"
 
     def example(self, skill: str, split: str, suite: str, rng: random.Random) -> dict:
@@ -160,13 +144,11 @@ class World:
         slip = rng.random() < SLIP_RATE
         text = style.format(a=question.slip if slip else question.answer)
         return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}],
-                "clean": style.format(a=question.answer), "answer": question.answer, "skill": skill, "suite": suite,
-                "slip": slip}
+                "clean": style.format(a=question.answer), "answer": question.answer, "skill": skill, "suite": suite, "slip": slip}
 
     def mixture(self, split: str, suite: str, rows: int, *, distinct: bool = False) -> Dataset:
         """``rows`` instruction rows, skills in turn; with ``distinct`` no prompt comes twice (short skills run dry)."""
-        rng = random.Random(f"{self.world_seed} {split} {suite}")
-        out, seen = [], set()
+        rng, out, seen = random.Random(f"{self.world_seed} {split} {suite}"), [], set()
         for i in range(rows):
             skill = SKILLS[i % len(SKILLS)]
             for _ in range(200):
@@ -179,13 +161,8 @@ class World:
         return Dataset.from_list(out)
 
     def base_text(self, lines: int) -> list[str]:
-        """Pre-training text: raw facts and worked examples; one line in eight is a question without an answer.
-
-        Statements cover every split, because a base model may know what it is later asked; the questions are the training
-        split's, in seen phrasings, so no held-out prompt stands here.
-        """
-        rng = random.Random(f"{self.world_seed} base text")
-        out = []
+        """Pre-training text: facts and worked examples of every split; one line in eight is a bare question, none held out."""
+        rng, out = random.Random(f"{self.world_seed} base text"), []
         for _ in range(lines):
             skill = rng.choice(SKILLS)
             if rng.random() < 0.125:
@@ -199,8 +176,7 @@ class World:
 def vocabulary() -> list[str]:
     """Every word that any world can use, in a fixed order."""
     words = [*NAMES, *TOWNS, *LANDS, *FOREIGN, *LETTERS, *map(str, range(LARGEST + 1)), *"big small town land".split()]
-    words += [w for kind, members in WORDS.items() for w in (kind, *members)]
-    words += sorted(FILLER)
+    words += [*(w for kind, members in WORDS.items() for w in (kind, *members)), *sorted(FILLER)]
     words += [w for forms in (PHRASINGS, STATEMENTS) for ps in forms.values() for p in ps for w in p.split() if w[0] != "{"]
     return list(dict.fromkeys(words))
 
@@ -209,10 +185,9 @@ def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: i
     """The lab world as a :class:`~kdlib.data.Corpus`, the form that real data takes too."""
     world = World(world_seed)
     held = {s: concatenate_datasets([world.mixture(s, "seen", test_rows, distinct=True),
-                                     world.mixture(s, "unseen", unseen_rows, distinct=True)])
-            for s in ("validation", "test")}
-    return Corpus(pretrain=lambda: world.base_text(pretrain_lines), train=world.mixture("train", "seen", pool_rows),
-                  validation=held["validation"], test=held["test"], vocabulary=vocabulary())
+                                     world.mixture(s, "unseen", unseen_rows, distinct=True)]) for s in ("validation", "test")}
+    return Corpus(pretrain=lambda: world.base_text(pretrain_lines), train=world.mixture("train", "seen", pool_rows), **held,
+                  vocabulary=vocabulary())
 
 
 def origin(**_) -> None:

@@ -1,8 +1,7 @@
 """Divergences and the distillation loss on response rows, from logits or, in chunks of rows, from hidden states.
 
-Rows are response positions: ``logits`` has shape (N, V), one row for each token that the student has to predict. Nothing
-here averages. Sums over rows are divided by the global number of response tokens, so that splitting a batch over
-micro-batches or devices never changes the gradient.
+Rows are response positions: ``logits`` (N, V) has one for each token that the student has to predict. Sums over rows are divided
+by the global number of response tokens, so splitting a batch over micro-batches or devices never changes the gradient.
 """
 
 import math
@@ -13,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+from kdlib.presets import KINDS
+
 CHUNK_ELEMENTS = 2**22  # logits held at once by default
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Objective:
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; allowed: {allowed}.")
 
+    def with_teacher(self, teacher) -> "Objective":
+        """Itself. Raises ValueError if it asks for a teacher and there is none."""
+        if self.alpha > 0 and teacher is None:
+            raise ValueError(f"alpha={self.alpha} asks for distillation, but there is no teacher; give a teacher or alpha=0.")
+        return self
+
     @property
     def divergence(self) -> str:
         """``kind``, with the ends of the generalised JSD under their own names."""
@@ -55,8 +65,8 @@ class Objective:
 class Sparse(NamedTuple):
     """A teacher known on some tokens of each row: ``ids`` and ``log_probs`` (N, K), at the objective's temperature.
 
-    ``log_tail`` (N,) is the log of the mass outside ``ids``, which the divergence compares as one bucket; −inf where
-    ``log_probs`` sum to one. ``offset`` (N,), if given, is added to each row's value: it holds no gradient.
+    ``log_tail`` (N,) is the log of the mass outside ``ids``, compared as one bucket; −inf where ``log_probs`` sum to one.
+    ``offset`` (N,), if given, is added to each row's value.
     """
 
     ids: torch.Tensor
@@ -93,10 +103,7 @@ class Hidden(NamedTuple):
     states: torch.Tensor
     head: Head
 
-    @property
-    def logits(self) -> torch.Tensor:
-        """The teacher's logits (N, V)."""
-        return self.head.shape(self.head.linear(self.states))
+    logits = property(lambda self: self.head.shape(self.head.linear(self.states)), doc="The teacher's logits (N, V).")
 
 
 def divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str = "forward_kl", *, beta: float = 0.5,
@@ -115,12 +122,11 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
     """The sum over rows of (1−α)·CE + α·T²·D, divided by ``num_items``; a scalar in nats per token.
 
     ``student_logits`` (N, V); ``targets`` (N,) token ids; ``teacher`` its logits (N, V), :class:`Sparse` or :class:`Hidden`;
-    ``num_items`` the response tokens of the whole optimizer step; ``settings`` those of :class:`Objective`. Columns from
-    ``vocabulary`` on are padding, in the loss as if their logits were −inf. No rows: loss and gradient are zero. Raises
-    ValueError if a teacher is missing or shapes differ.
+    ``num_items`` the response tokens of the whole optimizer step; ``settings`` those of :class:`Objective`. Columns from ``vocabulary``
+    on are padding, as if their logits were −inf. No rows: loss and gradient are zero. Raises ValueError if a teacher is missing or
+    shapes differ.
     """
-    objective = Objective(**settings)
-    _check_teacher(objective, teacher)
+    objective = Objective(**settings).with_teacher(teacher)
     logits = _wide(student_logits[:, :vocabulary])
     teacher = teacher.logits if isinstance(teacher, Hidden) else teacher
     if isinstance(teacher, torch.Tensor):
@@ -137,8 +143,7 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     Value and gradients (of hidden states, weight and bias) are those of the plain form. Gradients are made in the forward pass,
     the weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has about four million logits.
     """
-    objective = Objective(**settings)
-    _check_teacher(objective, teacher)
+    objective = Objective(**settings).with_teacher(teacher)
     if vocabulary:
         head = head.narrow(vocabulary)
         if isinstance(teacher, Hidden):
@@ -153,27 +158,16 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _check_shapes(student_logits, teacher_logits) -> None:
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
                          "differ in shape; both must be (rows, vocabulary) over the same vocabulary.")
 
 
-def _check_teacher(objective: Objective, teacher) -> None:
-    if objective.alpha > 0 and teacher is None:
-        raise ValueError(f"alpha={objective.alpha} asks for distillation, but there is no teacher; give one or alpha=0.")
-
-
 def _row_losses(z, targets, teacher, o: Objective) -> torch.Tensor:
     """(1−α)·CE + α·T²·D of each row of logits ``z``."""
-    if o.alpha == 0:
-        return F.cross_entropy(z, targets, reduction="none")
-    soft = o.alpha * o.temperature**2 * _divergence(z, teacher, o)
-    return soft if o.alpha == 1 else soft + (1 - o.alpha) * F.cross_entropy(z, targets, reduction="none")
+    hard = (1 - o.alpha) * F.cross_entropy(z, targets, reduction="none") if o.alpha < 1 else 0.0
+    return hard + o.alpha * o.temperature**2 * _divergence(z, teacher, o) if o.alpha > 0 else hard
 
 
 def _divergence(z, teacher, o: Objective) -> torch.Tensor:
@@ -216,8 +210,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, targets, teacher, objective, chunk):
-        wanted = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_hidden = torch.empty_like(hidden) if (wanted := any(ctx.needs_input_grad[:3])) else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight[:0]).dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias[:0]).dtype) if ctx.needs_input_grad[2] else None
         small = grad_weight is not None and grad_weight.dtype != hidden.dtype

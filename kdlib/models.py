@@ -1,8 +1,4 @@
-"""From-scratch models by name, their tokenizers, and loading.
-
-Every model is a ``transformers`` Llama with tied embeddings, every tokenizer a ``PreTrainedTokenizerFast`` with a chat
-template that marks the assistant's tokens, so both go through ``save_pretrained`` and ``from_pretrained``.
-"""
+"""From-scratch Llamas by name, their tokenizers (with a chat template that marks the assistant's tokens), and loading."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,21 +7,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-LADDER = {
-    "nano": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "micro": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "student": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "teacher": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "text-student": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "text-teacher": {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6},
-}
+LADDER = {name: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape)) for name, shape in {
+    "nano": (64, 2, 4), "micro": (96, 3, 4), "student": (64, 2, 4), "teacher": (128, 4, 4),
+    "text-student": (128, 4, 4), "text-teacher": (192, 5, 6)}.items()}
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unk|>"}
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
+                 "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -44,28 +33,20 @@ def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), voc
                                    extra_special_tokens=ROLES, clean_up_tokenization_spaces=False)
 
 
-def _feed_forward(hidden: int) -> int:
-    """Width of the gated feed-forward layer: 8/3 of the hidden size as in Llama, rounded up to a multiple of 16."""
-    return -(-hidden * 8 // 48) * 16
-
-
 def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> LlamaForCausalLM:
     """A freshly initialised model of the ladder; ``seed`` alone decides its weights. Raises ValueError on a name unknown."""
     if name not in LADDER:
         raise ValueError(f"model={name!r} is not on the ladder; allowed: {', '.join(LADDER)}.")
-    shape = LADDER[name]
-    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=_feed_forward(shape["hidden_size"]), tie_word_embeddings=True,
-                         max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-                         eos_token_id=tokenizer.eos_token_id, **shape)
+    feed_forward = -(-LADDER[name]["hidden_size"] * 8 // 48) * 16  # 8/3 of it as in Llama, rounded up to a multiple of 16
+    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, tie_word_embeddings=True, bos_token_id=None,
+                         max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id,
+                         eos_token_id=tokenizer.eos_token_id, **LADDER[name])
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)
 
 
 def common_vocabulary(student, teacher, student_width: int, teacher_width: int) -> int | None:
-    """The number of tokens that two tokenizers share, id by id; heads may be padded beyond it. None without tokenizers.
-
-    Raises ValueError, naming tokens, if an id means different things, and if widths differ with no tokenizers to compare.
-    """
+    """The number of tokens that two tokenizers share, id by id (heads may be padded beyond). None without; ValueError if unlike."""
     if student is None or teacher is None:
         if student_width != teacher_width:
             raise ValueError(f"The student predicts {student_width} tokens and the teacher {teacher_width}; give both tokenizers, "
@@ -78,14 +59,14 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
         raise ValueError(f"Student and teacher need the same token ids, but {len(odd)} tokens differ, among them {some}.")
     size = max(ours.values()) + 1
     if size > min(student_width, teacher_width):
-        raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's {teacher_width}.")
+        raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's "
+                         f"{teacher_width}.")
     return size
 
 
 def load(path: str | Path, device: str | torch.device = "cpu"):
     """``(model, tokenizer)`` from a folder that :func:`save` or any ``save_pretrained`` wrote; safetensors only."""
-    model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval()
-    return model, load_tokenizer(path)
+    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval(), load_tokenizer(path)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

@@ -1,8 +1,4 @@
-"""The study's figures, one function each. Every function returns ``(figure, plotted)``: the frame that was drawn.
-
-A method has one colour, marker and line style everywhere, apart in greyscale too. Intervals are paired-t or t intervals
-over seeds at 95%; every seed is a dot.
-"""
+"""The study's figures. Every function returns ``(figure, plotted)``, the frame that was drawn; intervals are t intervals at 95%."""
 
 import io
 from pathlib import Path
@@ -15,18 +11,16 @@ from matplotlib.ticker import NullLocator
 from kdlib import results, stats, store
 from kdlib.presets import Metric
 
-STYLE = {
-    "sft": {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "SFT"},
-    "kd": {"color": "#D55E00", "marker": "s", "linestyle": "--", "label": "KD"},
-}
+STYLE = {"sft": {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "SFT"},  # apart in greyscale too
+         "kd": {"color": "#D55E00", "marker": "s", "linestyle": "--", "label": "KD"}}
 GAP = {"color": "#333333", "marker": "D", "linestyle": "-"}
 OPTIONS = {"svg.hashsalt": "kdlib", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
            "grid.alpha": 0.3, "figure.constrained_layout.use": True}
 
 
+@matplotlib.rc_context(OPTIONS)
 def _axes(width: float = 6.4, height: float = 4.0):
-    with matplotlib.rc_context(OPTIONS):
-        return plt.subplots(figsize=(width, height))
+    return plt.subplots(figsize=(width, height))
 
 
 def _budget_axis(ax, budgets) -> None:
@@ -36,37 +30,30 @@ def _budget_axis(ax, budgets) -> None:
     ax.set_xlabel("training examples (log scale)")
 
 
-def _label_ends(ax, ends) -> None:
-    """Names beside the lines' right ends, moved apart where they would overlap; ``ends`` has (height, name, colour)."""
-    low, high = ax.get_ylim()
-    lowest = -1.0
-    for y, name, colour in sorted(ends):
-        lowest = max((y - low) / (high - low), lowest + 0.055)
-        ax.annotate(name, (1.01, lowest), xycoords="axes fraction", va="center", color=colour, fontweight="bold")
-
-
 def score_vs_budget(frame: pd.DataFrame, metric: Metric):
     """Score against budget, one line a method: mean and t interval over seeds, seeds as dots."""
     fig, ax = _axes()
-    rows, ends = [], []
+    tables, ends = [], []
     for method, runs in frame.groupby("method", sort=False):
         style = STYLE[method]
-        found = {b: stats.paired_interval(g[metric.name]) for b, g in runs.groupby("budget")}
-        rows += [{"method": method, "budget": b, "mean": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n}
-                 for b, i in found.items()]
-        shift = 0.97 if method == "sft" else 1.03
-        x = [b * shift for b in found]
-        mean = [i.estimate for i in found.values()]
-        ax.errorbar(x, mean, [[i.estimate - i.low for i in found.values()], [i.high - i.estimate for i in found.values()]],
-                    capsize=3, markersize=6, **{k: v for k, v in style.items() if k != "label"})
+        found = [(method, b, *stats.paired_interval(g[metric.name])[:4]) for b, g in runs.groupby("budget")]
+        table = pd.DataFrame(found, columns=["method", "budget", "mean", "ci_low", "ci_high", "n_seeds"])
+        mean, shift = table["mean"], 0.97 if method == "sft" else 1.03
+        ax.errorbar(table.budget * shift, mean, [mean - table.ci_low, table.ci_high - mean], capsize=3, markersize=6,
+                    **{k: v for k, v in style.items() if k != "label"})
         ax.scatter(runs.budget * shift, runs[metric.name], s=9, color=style["color"], alpha=0.45, linewidths=0)
-        ends.append((mean[-1], style["label"], style["color"]))
-    _label_ends(ax, ends)
+        ends.append((mean.iloc[-1], style["label"], style["color"]))
+        tables.append(table)
+    low, high = ax.get_ylim()
+    lowest = -1.0
+    for y, name, colour in sorted(ends):  # names beside the lines' right ends, moved apart where they would overlap
+        lowest = max((y - low) / (high - low), lowest + 0.055)
+        ax.annotate(name, (1.01, lowest), xycoords="axes fraction", va="center", color=colour, fontweight="bold")
     _budget_axis(ax, sorted(frame.budget.unique()))
     ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
     ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget:\n"
                  f"mean, 95% interval, {frame.seed.nunique()} seeds (dots)", fontsize=10, loc="left")
-    return fig, pd.DataFrame(rows)
+    return fig, pd.concat(tables, ignore_index=True)
 
 
 def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
@@ -96,11 +83,9 @@ def skill_gaps(records: list[dict], metric: Metric):
     for part, chosen in parts.items():
         wide = frame[frame.budget.isin(chosen)].pivot_table(index=["skill", "seed"], columns="method", values=metric.name)
         gap = (wide.kd - wide.sft) * (1 if metric.higher_is_better else -1)
-        for skill, values in gap.groupby("skill"):
-            i = stats.paired_interval(values)
-            rows.append({"part": part, "skill": skill, "gap": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n})
-    table = pd.DataFrame(rows)
-    order = table[table.part == list(parts)[0]].sort_values("gap").skill.tolist()
+        rows += [(part, skill, *stats.paired_interval(values)[:4]) for skill, values in gap.groupby("skill")]
+    table = pd.DataFrame(rows, columns=["part", "skill", "gap", "ci_low", "ci_high", "n_seeds"])
+    order = table[table.part == table.part[0]].sort_values("gap").skill.tolist()
     fig, ax = _axes(6.4, 1.4 + 0.36 * len(order))
     ax.axvline(0, color="0.3", linewidth=1)
     looks = ({"color": STYLE["kd"]["color"], "marker": "s"}, {"color": "#333333", "marker": "o", "markerfacecolor": "white"})
@@ -117,10 +102,9 @@ def skill_gaps(records: list[dict], metric: Metric):
 
 def save(fig, plotted: pd.DataFrame, folder: Path, name: str) -> None:
     """Write a figure as PNG and SVG and the plotted frame as CSV under ``folder/figures``; the same data, the same bytes."""
-    target = folder / "figures"
+    target, buffer = folder / "figures", io.StringIO()
     results.write_table(plotted, target / f"{name}.csv")
     with matplotlib.rc_context(OPTIONS):
         fig.savefig(target / f"{name}.png", dpi=150, metadata={"Software": None})
-        buffer = io.StringIO()
         fig.savefig(buffer, format="svg", metadata={"Date": None})
     store.write_atomic(target / f"{name}.svg", buffer.getvalue())

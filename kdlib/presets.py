@@ -26,6 +26,7 @@ METRICS = {
     "bits_per_byte": Metric("bits_per_byte", "bits per byte of human answers", False, 0.01),
 }
 
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")  # of divergence
 METHODS = {  # alpha is the weight of the teacher in the loss; everything else is equal
     "sft": {"alpha": 0.0, "temperature": 1.0},
     "kd": {"alpha": 1.0, "temperature": 1.0},

@@ -14,10 +14,9 @@ import pandas as pd
 from kdlib import store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FIELDS = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed", "metrics", "items",
-          "config", "provenance", "checksum")
-CLAIM_FIELDS = ("claim", "preset", "world_seeds", "contrast", "estimate", "ci_low", "ci_high", "n_seeds", "delta", "verdict",
-                "run_ids")
+KEYS = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed")
+FIELDS = (*KEYS, "metrics", "items", "config", "provenance", "checksum")
+CLAIM_FIELDS = tuple("claim preset world_seeds contrast estimate ci_low ci_high n_seeds delta verdict run_ids".split())
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "scipy")
 
 
@@ -54,9 +53,8 @@ def read_record(path: Path) -> dict:
     missing = [f for f in FIELDS if not isinstance(record, dict) or f not in record]
     if missing:
         raise ValueError(f"Run record {path} lacks {', '.join(missing)}; {remedy}")
-    body = {k: v for k, v in record.items() if k != "checksum"}
     try:
-        seal = store.digest(body, 64)
+        seal = store.digest({k: v for k, v in record.items() if k != "checksum"}, 64)
     except ValueError:  # NaN, which no record has
         seal = None
     if record["checksum"] != seal:
@@ -68,17 +66,13 @@ def read_record(path: Path) -> dict:
 
 def read_records(root: Path, preset: str, ids: list[str]) -> list[dict]:
     """The records of ``ids`` that exist, in that order."""
-    paths = [record_path(root, preset, i) for i in ids]
-    return [read_record(p) for p in paths if p.exists()]
+    return [read_record(p) for p in (record_path(root, preset, i) for i in ids) if p.exists()]
 
 
 def frame(records: list[dict]) -> pd.DataFrame:
     """One row a run: its keys, its scalar metrics, and ``learning_rate``; sorted by method, budget and seed."""
-    keys = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed")
-    rows = []
-    for r in records:
-        scalars = {k: v for k, v in r["metrics"].items() if not isinstance(v, dict)}
-        rows.append({**{k: r[k] for k in keys}, **scalars, "learning_rate": r["config"]["learning_rate"]})
+    rows = [{**{k: r[k] for k in KEYS}, **{k: v for k, v in r["metrics"].items() if not isinstance(v, dict)},
+             "learning_rate": r["config"]["learning_rate"]} for r in records]
     return pd.DataFrame(rows).sort_values(["method", "budget", "seed"], ignore_index=True)
 
 
@@ -90,19 +84,15 @@ def skill_frame(records: list[dict], metric: str = "accuracy") -> pd.DataFrame:
 
 
 def item_frame(records: list[dict], metric: str) -> pd.DataFrame:
-    """One row a run and test item, so that the ``score`` summed over the ``weight`` summed is the run's metric.
-
-    Accuracy: items of the seen suite, 1 if right, scaled so that every skill weighs the same. Bits per byte: the answer's
-    bits, weighted by its bytes.
-    """
+    """One row a run and test item, so that the ``score`` summed over the ``weight`` summed is the run's metric."""
     parts = []
     for r in records:
         items = r["items"]
         part = pd.DataFrame({**{k: r[k] for k in ("method", "budget", "seed")}, "item": items["id"], "skill": items["skill"]})
-        if metric == "accuracy":
+        if metric == "accuracy":  # the seen suite, scaled so that every skill weighs the same
             part = part.assign(score=items["correct"], weight=1)[[s == "seen" for s in items["suite"]]]
             part["score"] *= len(part) / part.skill.nunique() / part.skill.map(part.skill.value_counts())
-        else:
+        else:  # bits per byte
             part = part.assign(score=[v / math.log(2) for v in items["nll"]], weight=items["bytes"])
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
@@ -128,11 +118,11 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 def claims_table(folders: list[Path]) -> pd.DataFrame:
     """The claims of one or more preset folders, one row a claim, as the README shows them."""
-    claims = [c for folder in folders for c in read_claims(folder)]
     return pd.DataFrame([{
         "preset": c["preset"], "claim": c["claim"], "contrast": c["contrast"],
         "estimate": f"{c['estimate']:+.4f}", "95% interval": f"[{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]",
-        "seeds": str(c["n_seeds"]), "world": ", ".join(map(str, c["world_seeds"])), "verdict": c["verdict"]} for c in claims])
+        "seeds": str(c["n_seeds"]), "world": ", ".join(map(str, c["world_seeds"])), "verdict": c["verdict"]}
+        for folder in folders for c in read_claims(folder)])
 
 
 def read_claims(folder: Path) -> list[dict]:
@@ -151,16 +141,14 @@ def read_claims(folder: Path) -> list[dict]:
 def write_claims(claims: list[dict], folder: Path) -> None:
     """Put ``claims`` into a folder's ``claims.json``, in place of earlier ones on the same claim and worlds."""
     with store.lock(folder.parent, f"claims-{folder.name}"):
-        new = {(c["claim"], tuple(c["world_seeds"])) for c in claims}
-        kept = [c for c in read_claims(folder) if (c["claim"], tuple(c["world_seeds"])) not in new]
-        ordered = sorted(kept + claims, key=lambda c: (c["claim"], c["world_seeds"]))
-        store.write_atomic(folder / "claims.json", json.dumps(ordered, indent=1) + "\n")
+        merged = {(c["claim"], tuple(c["world_seeds"])): c for c in [*read_claims(folder), *claims]}
+        store.write_atomic(folder / "claims.json", json.dumps([merged[k] for k in sorted(merged)], indent=1) + "\n")
 
 
 def markdown(table: pd.DataFrame) -> str:
     """A table in Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]]
-    return "\n".join(lines)
+    rows = [table.columns, ["---"] * len(table.columns), *table.values]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def generated_readme(text: str, root: Path) -> str:
@@ -168,8 +156,8 @@ def generated_readme(text: str, root: Path) -> str:
     start, end = "<!-- claims:start -->", "<!-- claims:end -->"
     head, rest = text.split(start)
     _, tail = rest.split(end)
-    folders = [p.parent for p in sorted(root.glob("*/claims.json"))]
-    return f"{head}{start}\n{markdown(claims_table(folders))}\n{end}{tail}"
+    table = claims_table([p.parent for p in sorted(root.glob("*/claims.json"))])
+    return f"{head}{start}\n{markdown(table)}\n{end}{tail}"
 
 
 def update_readme() -> None:

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import NamedTuple
@@ -22,33 +24,34 @@ class Task(NamedTuple):
     cost: float
 
 
-def compute(tasks: list[Task], workers: int = 0, executor: str = "processes") -> None:
+def compute(tasks: list[Task], workers: int = 0) -> None:
     """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
 
-    ``executor`` is "processes" on this machine, or "ray" for a Ray cluster (the one that RAY_ADDRESS names, or a local one)
-    whose machines share the results folder. ``workers=0`` takes one per core, or one in all where an accelerator does the
-    work; on Ray as many as the cluster has. A task that fails stops the rest from starting; what was running finishes, and
-    the error is raised. A worker of Ray's that dies is replaced and its task done again.
+    ``workers=0`` takes one process per core, or one in all where an accelerator does the work. A task that fails stops the rest
+    from starting; what was running finishes, and the error is raised.
     """
-    waiting, done, running, failure = list(tasks), set(), {}, None
-    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=_Stdout(), smoothing=0, mininterval=0,
-               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
-    with EXECUTORS[executor](workers) as pool, bar:
+    waiting, done, running, failure, busy = list(tasks), set(), {}, None, 0.0
+    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0,
+               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}")
+    with Processes(workers) as pool, bar:
         while (waiting and not failure) or running:
             for task in [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]:
                 waiting.remove(task)
                 try:
-                    running[pool.submit(task.function, *task.arguments)] = task
+                    running[pool.submit(task.function, *task.arguments)] = task, time.monotonic()
                 except BrokenProcessPool as error:
                     failure = failure or error
             for future in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
+                task, started = running.pop(future)
                 try:
                     future.result()
                     done.add(task.key)
                     bar.update(task.cost)
+                    busy += (time.monotonic() - started) * bool(task.cost)  # what costs nothing says nothing about speed
                 except Exception as error:
                     failure = failure or error
+            if bar.n:
+                bar.set_postfix_str(f"about {(bar.total - bar.n) / bar.n * busy / pool.workers / 60:.1f} min left", refresh=False)
             bar.set_description_str(f"{len(done)} of {len(tasks)} tasks")
     if isinstance(failure, BrokenProcessPool):
         raise RuntimeError("A worker process died (killed, or out of memory); finished runs are kept, so run again to go on."
@@ -68,47 +71,8 @@ class Processes(ProcessPoolExecutor):
         super().__init__(self.workers, multiprocessing.get_context("spawn"), _start_worker)
 
 
-class Ray(Executor):
-    """A Ray cluster as an executor. Raises ValueError if Ray is not installed."""
-
-    def __init__(self, workers: int):
-        try:
-            import ray
-        except ImportError as error:
-            raise ValueError("executor='ray' needs Ray; install kdlib[cluster].") from error
-        address = os.environ.get("RAY_ADDRESS")
-        ray.init(address=address, num_cpus=None if address else workers or None, ignore_reinit_error=True, log_to_driver=False)
-        self.ray, self.workers = ray, workers or int(ray.cluster_resources()["CPU"])
-
-    def submit(self, function, *arguments):
-        """A ``concurrent.futures.Future`` of ``function(*arguments)``."""
-        return self.ray.remote(max_retries=3)(_on_ray).remote(function, arguments).future()
-
-    def shutdown(self, **_):
-        """Leave the cluster."""
-        self.ray.shutdown()
-
-
-EXECUTORS = {"processes": Processes, "ray": Ray}
-
-
-def _on_ray(function, arguments):
-    _be_quiet()
-    return function(*arguments)
-
-
-class _Stdout:
-    """Standard output, looked up at each write: notebooks replace it, and stored outputs must not hold standard error."""
-
-    def write(self, text: str) -> None:
-        print(text, end="")
-
-    def flush(self) -> None:
-        print(end="", flush=True)
-
-
 def _start_worker() -> None:
-    """One thread, no advice on standard error, and an end of its own when the parent is killed."""
+    """An end of its own when the parent is killed, one thread, no advice on standard error."""
     parent = multiprocessing.parent_process()
 
     def follow():
@@ -116,10 +80,6 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    _be_quiet()
-
-
-def _be_quiet() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging

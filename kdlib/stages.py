@@ -1,10 +1,10 @@
 """The artefacts that runs share: rendered data with its tokenizer, pre-trained base models, tuned teachers."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars, load_from_disk
@@ -17,6 +17,7 @@ disable_progress_bars()  # writing an artefact is a matter of milliseconds, and 
 logging.disable_progress_bar()
 
 SOURCES = {"lab": lab, "text": text}
+path = store.artefact_path  # the folder of an artefact
 
 
 @dataclass
@@ -24,7 +25,6 @@ class Bundle:
     """Rendered data, as a run uses it: ``train`` as a list of rows, ``held`` and ``clean`` by split."""
 
     train: list[dict]
-    lengths: list[int]
     skills: list[str]
     held: dict[str, Dataset]
     clean: dict[str, list[dict]]
@@ -34,11 +34,11 @@ class Bundle:
 
 def model_specs(config: dict) -> tuple[dict, dict | None]:
     """What fixes the student's initial weights, and the tuned teacher's (None without one)."""
-    base = {"data": config["data"], "pretrain": config["student"]}
-    if config["teacher"] is None:
-        return base, None
-    pretrain = {k: v for k, v in config["teacher"].items() if k != "tuning"}
-    return base, {"data": config["data"], "pretrain": pretrain, "tuning": config["teacher"]["tuning"]}
+    base, tuned = {"data": config["data"], "pretrain": config["student"]}, None
+    if config["teacher"]:
+        pretrain = {k: v for k, v in config["teacher"].items() if k != "tuning"}
+        tuned = {"data": config["data"], "pretrain": pretrain, "tuning": config["teacher"]["tuning"]}
+    return base, tuned
 
 
 def target_spec(tuned: dict) -> dict:
@@ -49,61 +49,47 @@ def target_spec(tuned: dict) -> dict:
 def needed(config: dict) -> list[tuple[str, dict]]:
     """``(kind, spec)`` of every artefact a run needs, each after those it is made from."""
     base, tuned = model_specs(config)
-    teacher = [("base", {k: tuned[k] for k in ("data", "pretrain")}), ("teacher", tuned), ("targets", target_spec(tuned))] if tuned else []
+    teacher = [("base", {k: tuned[k] for k in base}), ("teacher", tuned), ("targets", target_spec(tuned))] if tuned else []
     return [("data", config["data"]), *teacher, ("base", base)]
 
 
 def cost(kind: str, spec: dict) -> float:
     """Rough work in parameter-tokens, forward and backward, for the progress estimate."""
-    def size(pretrain):
-        shape = models.LADDER[pretrain["model"]]
-        return 12 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2
-
     if kind == "data":
         return 0.0
+    if kind == "targets":  # a forward pass alone, a third of a step's work
+        return cost("teacher", {**spec["teacher"], "tuning": {"steps": spec["teacher"]["data"]["train_rows"], "batch_size": 1}}) / 3
+    how = spec["student"] if kind == "run" else spec["pretrain"]
+    shape, length = models.LADDER[how["model"]], spec["data"]["max_length"] / 3
+    step = 36.0 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2
     if kind == "base":
-        return 3.0 * size(spec["pretrain"]) * spec["pretrain"]["steps"] * spec["pretrain"]["batch_size"] * spec["pretrain"]["block"]
-    tuned = spec["teacher"] if kind == "targets" else spec
-    length = tuned["data"]["max_length"] / 3
-    if kind == "targets":
-        return size(tuned["pretrain"]) * tuned["data"]["train_rows"] * length
+        return step * how["steps"] * how["batch_size"] * how["block"]
     if kind == "teacher":
-        return 3.0 * size(spec["pretrain"]) * spec["tuning"]["steps"] * spec["tuning"]["batch_size"] * length
-    return 3.0 * size(spec["student"]) * (spec["steps"] * spec["batch_size"] + 1000) * length
-
-
-def path(root: Path, kind: str, spec: dict) -> Path:
-    """The folder of an artefact."""
-    return store.artefact_path(root, kind, spec)
+        return step * spec["tuning"]["steps"] * spec["tuning"]["batch_size"] * length
+    return step * (spec["steps"] * spec["batch_size"] + 1000) * length
 
 
 def make(root: str, kind: str, spec: dict) -> str:
     """Make an artefact unless it is there, and return its folder."""
     builders = {"data": _build_data, "base": _build_base, "teacher": _build_teacher, "targets": _build_targets}
-    origin = None
-    if kind == "data":
-        module, source = _source(spec)
-        origin = module.origin(**source)
+    origin = _source(spec, "origin")() if kind == "data" else None
     return str(store.artefact(Path(root), kind, spec, lambda folder: builders[kind](Path(root), spec, folder), origin))
 
 
-def _source(spec: dict):
-    return SOURCES[spec["source"]["kind"]], {k: v for k, v in spec["source"].items() if k != "kind"}
-
-
-def _corpus(spec: dict) -> data.Corpus:
-    module, source = _source(spec)
-    return module.corpus(spec["world_seed"], **source)
+def _source(spec: dict, name: str) -> Callable:
+    """``corpus`` or ``origin`` of the module that reads the data of ``spec``, with the source's own arguments."""
+    source = {k: v for k, v in spec["source"].items() if k != "kind"}
+    return partial(getattr(SOURCES[spec["source"]["kind"]], name), **source)
 
 
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
-    corpus = _corpus(spec)
+    corpus = _source(spec, "corpus")(spec["world_seed"])
     texts = corpus.pretrain() if corpus.vocabulary is None else ()
     tokenizer = models.build_tokenizer(corpus.vocabulary, texts, spec["vocab_size"])
     tokenizer.save_pretrained(folder / "tokenizer")
     report = {"loading": corpus.report}
     for split in ("train", "validation", "test"):
-        rows: Dataset = getattr(corpus, split)
+        rows = getattr(corpus, split)
         rendered, report[split] = data.render(rows, tokenizer, spec["max_length"])
         if split == "train":
             if len(rendered) < spec["train_rows"]:
@@ -121,12 +107,12 @@ def read_data(root: Path, spec: dict) -> Bundle:
     """The data of ``spec``, made if missing."""
     folder = Path(make(str(root), "data", spec))
     train = load_from_disk(folder / "train")
+    rows = [{"id": str(i), **r} for i, r in enumerate(train.select_columns(["input_ids", "labels"]).to_list())]
     clean = {s: load_from_disk(folder / f"{s}-clean").select_columns(["input_ids", "labels"]).to_list()
              for s in ("validation", "test") if (folder / f"{s}-clean").is_dir()}
-    verify = SOURCES[spec["source"]["kind"]].verifier(spec["world_seed"])
-    rows = [{"id": str(i), **r} for i, r in enumerate(train.select_columns(["input_ids", "labels"]).to_list())]
-    return Bundle(train=rows, lengths=[len(r["input_ids"]) for r in rows], skills=list(train["skill"]),
-                  held={s: load_from_disk(folder / s) for s in ("validation", "test")}, clean=clean, verify=verify,
+    held = {s: load_from_disk(folder / s) for s in ("validation", "test")}
+    return Bundle(train=rows, skills=list(train["skill"]), held=held, clean=clean,
+                  verify=SOURCES[spec["source"]["kind"]].verifier(spec["world_seed"]),
                   report=json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
@@ -138,14 +124,13 @@ def data_and_tokenizer(root: Path, spec: dict) -> tuple[Bundle, PreTrainedTokeni
 def _build_base(root: Path, spec: dict, folder: Path) -> None:
     p = spec["pretrain"]
     tokenizer = models.load_tokenizer(Path(make(str(root), "data", spec["data"])) / "tokenizer")
-    blocks = data.pack(_corpus(spec["data"]).pretrain(), tokenizer, p["block"], p["max_tokens"]).to_list()
-    model = models.build_model(p["model"], tokenizer, p["seed"])
-    _train(model, blocks, tokenizer, p, folder)
+    texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
+    blocks = data.pack(texts, tokenizer, p["block"], p["max_tokens"]).to_list()
+    _train(models.build_model(p["model"], tokenizer, p["seed"]), blocks, tokenizer, p, folder)
 
 
 def _build_teacher(root: Path, spec: dict, folder: Path) -> None:
-    base = make(str(root), "base", {"data": spec["data"], "pretrain": spec["pretrain"]})
-    model, tokenizer = models.load(base, models.device())
+    model, tokenizer = models.load(make(str(root), "base", {k: spec[k] for k in ("data", "pretrain")}), models.device())
     bundle = read_data(root, spec["data"])
     _train(model, bundle.train, tokenizer, {**spec["tuning"], "seed": 0}, folder)
     own = {}
@@ -160,14 +145,16 @@ def _build_targets(root: Path, spec: dict, folder: Path) -> None:
     teachers.write_cache(folder, model, tokenizer, read_data(root, spec["teacher"]["data"]).train, **spec["cache"])
 
 
+def fit(model, tokenizer, rows: list[dict], pool: list[int], how: dict, **objective) -> tuple[list[dict], float]:
+    """Train ``model`` on those of ``rows`` whose numbers are in ``pool``, as ``how`` says. Returns (rows as seen, train loss)."""
+    lengths = [len(r["input_ids"]) for r in rows]
+    order = data.stream(pool, how["steps"], how["batch_size"], how["seed"], lengths, how.get("length_window", 1))
+    seen, settings = [rows[i] for i in order], {k: how[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        return seen, trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **objective)["train_loss"]
+
+
 def _train(model, rows: list[dict], tokenizer, how: dict, folder: Path) -> None:
-    order = data.stream(list(range(len(rows))), how["steps"], how["batch_size"], how["seed"],
-                        [len(r["input_ids"]) for r in rows], how.get("length_window", 1))
-    scratch = tempfile.mkdtemp()
-    try:
-        log = trainer.train(model, tokenizer, [rows[i] for i in order], steps=how["steps"],
-                            batch_size=how["batch_size"], learning_rate=how["learning_rate"], seed=how["seed"], output_dir=scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    _, loss = fit(model, tokenizer, rows, list(range(len(rows))), how)
     models.save(model, tokenizer, folder)
-    (folder / "training.json").write_text(json.dumps({"train_loss": log["train_loss"]}), encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps({"train_loss": loss}), encoding="utf-8")

@@ -1,7 +1,4 @@
-"""Paired statistics over seeds, the pre-stated contrasts, and the rule that turns an interval into a verdict.
-
-The unit is the seed. Items of a test set are never treated as runs: within a seed they share one trained model.
-"""
+"""Paired statistics over seeds (the unit, never the test item), the contrasts, and the rule from an interval to a verdict."""
 
 from typing import NamedTuple
 
@@ -41,9 +38,7 @@ def holm(p_values) -> list[float]:
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, kind="stable")
     adjusted = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))
-    out = np.empty_like(p)
-    out[order] = adjusted
-    return out.tolist()
+    return adjusted[np.argsort(order)].tolist()
 
 
 def verdict(low: float, high: float, delta: float, n_seeds: int) -> str:
@@ -60,10 +55,7 @@ def verdict(low: float, high: float, delta: float, n_seeds: int) -> str:
 
 
 def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baseline: str = "sft") -> pd.DataFrame:
-    """Columns ``budget, seed, gap, run_ids``: method minus baseline of the same seed, signed so that above zero is better.
-
-    Raises ValueError if a budget and seed has one of the two only, or more than one run of either.
-    """
+    """``budget, seed, gap, run_ids``: method minus baseline by seed, above zero if better. ValueError unless runs are paired."""
     keys = ["budget", "seed"]
     if frame.duplicated(["method", *keys]).any():
         raise ValueError("Contrasts need one run per method, budget and seed; some have several.")
@@ -73,25 +65,18 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baselin
         raise ValueError(f"Contrasts need {method} and {baseline} runs of the same seeds; unpaired (budget, seed): "
                          f"{', '.join(map(str, unpaired[:5]))}.")
     gap = (sides[0][metric.name] - sides[1][metric.name]) * (1 if metric.higher_is_better else -1)
-    out = gap.rename("gap").reset_index()
-    out["run_ids"] = [[a, b] for a, b in zip(sides[0].run_id, sides[1].run_id)]
-    return out
+    return gap.rename("gap").reset_index().assign(run_ids=list(map(list, zip(sides[0].run_id, sides[1].run_id))))
 
 
 def item_interval(items: pd.DataFrame, metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
-    """The gap of one budget with test items as the unit, each item's difference averaged over seeds first.
-
-    It says how far other test items could move the gap, not how far other training runs could. Accuracy is a mean over
-    skills, so its items vary about their skill's mean; bits per byte is a ratio of sums, so its items vary about the ratio
-    times their bytes (the delta method: Cochran 1977, sections 5.3 and 6.3).
-    """
-    difference = items.pivot_table(index="item", columns="method", values="score")
-    difference = (difference[method] - difference[baseline]) * (1 if metric.higher_is_better else -1)
+    """The gap of one budget with test items as the unit: how far other items, not other training runs, could move it."""
+    score = items.pivot_table(index="item", columns="method", values="score")  # averaged over seeds
+    difference = (score[method] - score[baseline]) * (1 if metric.higher_is_better else -1)
     item = items.groupby("item")[["skill", "weight"]].first().loc[difference.index]
     estimate = float(difference.sum() / item.weight.sum())
-    if metric.name == "accuracy":
+    if metric.name == "accuracy":  # a mean over skills, so items vary about their skill's mean
         residual, strata = difference - difference.groupby(item.skill).transform("mean"), item.skill.nunique()
-    else:
+    else:  # a ratio of sums, so about the ratio times their bytes (the delta method: Cochran 1977, sections 5.3 and 6.3)
         residual, strata = difference - estimate * item.weight, 1
     n = len(difference)
     error = float(np.sqrt(n * (residual**2).sum() / (n - strata)) / item.weight.sum())
@@ -102,16 +87,14 @@ def item_interval(items: pd.DataFrame, metric: Metric, method: str = "kd", basel
 
 def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:
     """One row a budget: mean paired gap, interval, seeds, Holm-adjusted p over the budgets."""
-    found = {budget: paired_interval(g.gap) for budget, g in gaps.groupby("budget")}
-    table = pd.DataFrame([{"budget": b, "gap": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n}
-                          for b, i in found.items()])
-    return table.assign(p_holm=holm([i.p for i in found.values()]))
+    found = [(budget, *paired_interval(g.gap)) for budget, g in gaps.groupby("budget")]
+    table = pd.DataFrame(found, columns=["budget", "gap", "ci_low", "ci_high", "n_seeds", "p_holm"])
+    return table.assign(p_holm=holm(table.p_holm))  # not adjusted before
 
 
 def low_data_gap(gaps: pd.DataFrame) -> pd.Series:
     """C1a, one number a seed: the mean gap over the two smallest budgets."""
-    smallest = sorted(gaps.budget.unique())[:2]
-    return gaps[gaps.budget.isin(smallest)].groupby("seed").gap.mean()
+    return gaps[gaps.budget.isin(sorted(gaps.budget.unique())[:2])].groupby("seed").gap.mean()
 
 
 def fading(gaps: pd.DataFrame) -> pd.Series:
@@ -120,18 +103,13 @@ def fading(gaps: pd.DataFrame) -> pd.Series:
 
 
 def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
-    """Claims C1a and C1b of one world, decided by their pre-stated contrasts.
-
-    C1b's δ is the metric's δ spread over the doublings of the grid, so that a fade of δ over the whole grid is the
-    smallest that matters.
-    """
+    """Claims C1a and C1b of one world, decided by their pre-stated contrasts."""
     gaps = paired_gaps(frame, metric)
-    doublings = float(np.log2(gaps.budget.max() / gaps.budget.min()))
+    faded = metric.delta / float(np.log2(gaps.budget.max() / gaps.budget.min()))  # so that over the whole grid, δ matters
     small = sorted(gaps.budget.unique())[:2]
-    contrasts = [
-        ("C1a", f"mean {metric.gap_label} at budgets {small[0]} and {small[1]}", low_data_gap(gaps), metric.delta,
-         gaps[gaps.budget.isin(small)]),
-        ("C1b", f"fall of the {metric.gap_label} per doubling of the budget", fading(gaps), metric.delta / doublings, gaps)]
+    contrasts = [("C1a", f"mean {metric.gap_label} at budgets {small[0]} and {small[1]}", low_data_gap(gaps), metric.delta,
+                  gaps[gaps.budget.isin(small)]),
+                 ("C1b", f"fall of the {metric.gap_label} per doubling of the budget", fading(gaps), faded, gaps)]
     claims = []
     for claim, contrast, differences, delta, used in contrasts:
         i = paired_interval(differences)

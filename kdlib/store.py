@@ -42,16 +42,12 @@ def write_atomic(path: str | Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise
 
 
 def open_folder(path: str | Path) -> Path:
-    """``path`` as a results folder: made if new, accepted if it carries our marker.
-
-    Raises ValueError if it cannot be written, or holds somebody else's files.
-    """
+    """``path`` as a results folder: made if new, taken if it has our marker; ValueError if unwritable or somebody else's."""
     path = Path(path).expanduser().resolve()
     marker = path / MARKER
     try:
@@ -62,8 +58,7 @@ def open_folder(path: str | Path) -> Path:
                 raise ValueError(f"results_dir={str(path)!r} holds files of something else (no {MARKER} in it); "
                                  "give a new or empty folder, or one that this study made.")
             write_atomic(marker, json.dumps(FORMAT) + "\n")
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(f"results_dir={str(path)!r} cannot be written ({error.strerror}); give a folder that can.") from error
     try:
@@ -88,30 +83,21 @@ def artefact_path(root: Path, kind: str, spec: dict) -> Path:
 
 
 def fill(path: Path, build: Callable[[Path], None], **about) -> None:
-    """Make the folder ``path`` with ``build(folder)`` unless it is there: whole, with a manifest, or not at all.
-
-    The manifest has the hash of every file, and ``about``. The caller holds a lock.
-    """
+    """Make ``path`` with ``build(folder)`` and a manifest of ``about`` and hashes, whole or not at all; the caller holds a lock."""
     for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
         shutil.rmtree(leftover)
     if path.is_dir():
         return
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as name:
+        work = Path(name)
         build(work)
         files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
         write_atomic(work / "manifest.json", json.dumps({**about, "files": files}, indent=1))
         os.replace(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], origin: dict | None = None) -> Path:
-    """The folder that ``build(folder)`` fills for ``spec``: made once, by one process, and checked at every use.
-
-    ``origin`` tells which files outside it was made from. Raises ValueError if they have changed, or if a file no longer has
-    the hash in the manifest; the folder is left as it is.
-    """
+    """The folder that ``build(folder)`` fills for ``spec``, once. ValueError if it or ``origin``, its sources' hashes, changed."""
     path = artefact_path(root, kind, spec)
     with lock(root, path.name):
         fill(path, build, spec=spec, origin=origin)

@@ -1,22 +1,15 @@
-"""From parameters to run records: validated plans, run specifications, and what one run does.
-
-A run is a pure function of its configuration. Data, base models and tuned teachers are artefacts that the first run to
-need them makes and all others share.
-"""
+"""From parameters to run records: validated plans, run configurations, and what one run does, a pure function of its own."""
 
 import ast
 import json
 import math
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 from kdlib import results, runner, store
-from kdlib.losses import KINDS, Objective
-from kdlib.presets import METHODS, PRESETS, Preset
+from kdlib.presets import KINDS, METHODS, PRESETS, Preset
 
 SPEC_VERSION = {"lab": 3, "text": 2}  # raised whenever a change of the code changes what a configuration computes
 PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers")
@@ -58,8 +51,7 @@ class Plan:
 
 def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
     """``value`` if it is of ``kind`` and ``ok``; else ValueError in one sentence with name, value and what is allowed."""
-    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not right or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, (float, int) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name}={value!r} has type {type(value).__name__}; allowed: {allowed}.")
     if not ok(value):
         raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
@@ -67,54 +59,39 @@ def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
 
 
 def check_names(namespace: dict, allowed) -> None:
-    """Raise ValueError if a cell that papermill injected into the notebook with these ``globals()`` sets another name.
-
-    papermill itself only warns of a parameter that the notebook does not have.
-    """
-    for cell in namespace.get("In", []):
-        if cell.startswith("# Parameters"):
-            for node in ast.parse(cell).body:
-                for name in [t.id for t in getattr(node, "targets", []) if t.id not in allowed]:
-                    raise ValueError(f"Unknown parameter {name!r} (value {namespace.get(name)!r}); allowed: {', '.join(allowed)}.")
+    """Raise ValueError if a cell that papermill injected into the notebook with these ``globals()`` sets another name."""
+    injected = [ast.parse(cell).body for cell in namespace.get("In", []) if cell.startswith("# Parameters")]
+    for name in [t.id for body in injected for node in body for t in getattr(node, "targets", [])]:
+        if name not in allowed:  # papermill itself only warns
+            raise ValueError(f"Unknown parameter {name!r} (value {namespace.get(name)!r}); allowed: {', '.join(allowed)}.")
 
 
 def plan(experiment: str, namespace: dict) -> Plan:
-    """The plan that a notebook's parameters ask for; every parameter is checked before any work starts.
-
-    ``namespace`` is the notebook's ``globals()``; parameters it lacks take the defaults of the preset. Raises ValueError
-    in one sentence on an unknown or ill-typed parameter, a budget below 1 or above the data, fewer than two seeds, or a
-    results folder that cannot be used.
-    """
+    """The plan that a notebook's ``globals()`` ask for, the rest by default; ValueError, in one sentence, if a parameter is wrong."""
     check_names(namespace, PARAMETERS)
-    given = {n: namespace[n] for n in PARAMETERS if n in namespace}
+    given = METHODS["kd"] | {n: namespace[n] for n in PARAMETERS if n in namespace}
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
-    preset = PRESETS[name]
-    size = preset.train_rows
+    preset, size = PRESETS[name], PRESETS[name].train_rows
 
-    def numbers(name, low, high, preset_value, allowed):
-        value = check(name, given.get(name, []), list, allowed)
-        fine = all(type(v) is int and low <= v <= high for v in value) and (not value or len(set(value)) == len(value) >= 2)
-        return check(name, value, list, allowed, lambda _: fine) or list(preset_value)
+    def numbers(name, low, high, limit):
+        def fine(value):
+            return all(type(v) is int and low <= v <= high for v in value) and (not value or len(set(value)) == len(value) >= 2)
 
-    budgets = numbers("budgets", 1, size, preset.budgets,
-                      f"a list of at least two different whole numbers from 1 to {size}, the rows of preset {name!r}")
-    seeds = numbers("seeds", 0, 2**31, preset.seeds,
-                    "a list of at least two different whole numbers from 0 to 2**31, because an interval needs two")
-    world = check("world_seed", given.get("world_seed", 0), int,
-                  "a whole number from 0" if preset.many_worlds else f"0, because preset {name!r} has one world",
-                  lambda v: v >= 0 and (preset.many_worlds or v == 0))
-    alpha = check("alpha", given.get("alpha", METHODS["kd"]["alpha"]), float, "a number above 0 and up to 1, the teacher's weight",
-                  lambda v: 0 < v <= 1)
-    temperature = check("temperature", given.get("temperature", METHODS["kd"]["temperature"]), float,
-                        "a finite number above 0", lambda v: 0 < v < math.inf)
+        allowed = f"a list of at least two different whole numbers from {low} to {limit}"
+        return sorted(check(name, given.get(name, []), list, allowed, fine) or getattr(preset, name))
+
+    budgets = numbers("budgets", 1, size, f"{size}, the rows of preset {name!r}")
+    seeds = numbers("seeds", 0, 2**31, "2**31, because an interval needs two")
+    worlds = "a whole number from 0" if preset.many_worlds else f"0, because preset {name!r} has one world"
+    world = check("world_seed", given.get("world_seed", 0), int, worlds, lambda v: v >= 0 and (preset.many_worlds or v == 0))
+    alpha = check("alpha", given["alpha"], float, "a number above 0 and up to 1, the teacher's weight", lambda v: 0 < v <= 1)
+    temperature = check("temperature", given["temperature"], float, "a finite number above 0", lambda v: 0 < v < math.inf)
     kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)
     workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
     train = check("train_missing", given.get("train_missing", True), bool, "True or False")
     folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own")
-    methods = {"sft": METHODS["sft"], "kd": {"alpha": float(alpha), "temperature": float(temperature)}}
-    if kind != KINDS[0]:
-        methods["kd"]["kind"] = kind
-    configs = grid(preset, methods, sorted(budgets), sorted(seeds), world)
+    kd = {"alpha": float(alpha), "temperature": float(temperature), **({"kind": kind} if kind != KINDS[0] else {})}
+    configs = grid(preset, {"sft": METHODS["sft"], "kd": kd}, budgets, seeds, world)
     standard = configs == grid(preset, METHODS, sorted(preset.budgets), sorted(preset.seeds), 0)
     root = store.open_folder(folder or results.REPOSITORY / "results")
     return Plan(preset, experiment, tuple(configs), root, standard, train, workers)
@@ -122,31 +99,21 @@ def plan(experiment: str, namespace: dict) -> Plan:
 
 def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: str = "test") -> list[dict]:
     """Run configurations: budget by budget, seed by seed, both methods side by side."""
-    data = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows, "max_length": preset.max_length,
-            "vocab_size": preset.vocab_size, "world_seed": world_seed}
-    teacher = preset.teachers["base"]
-    out = []
-    for budget in budgets:
-        for seed in seeds:
-            for method, objective in methods.items():
-                out.append({
-                    "data": data, "student": preset.student, "teacher": teacher if objective["alpha"] else None, **objective,
-                    "budget": budget, "seed": seed, "steps": preset.steps, "batch_size": preset.batch_size,
-                    "length_window": preset.length_window, "learning_rate": preset.rate(method, budget), "split": split,
-                    "max_new_tokens": preset.max_new_tokens})
-    return out
+    data = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
+            "max_length": preset.max_length, "vocab_size": preset.vocab_size, "world_seed": world_seed}
+    return [{"data": data, "student": preset.student, "teacher": preset.teachers["base"] if objective["alpha"] else None,
+             **objective, "budget": budget, "seed": seed, "steps": preset.steps, "batch_size": preset.batch_size,
+             "length_window": preset.length_window, "learning_rate": preset.rate(method, budget), "split": split,
+             "max_new_tokens": preset.max_new_tokens}
+            for budget in budgets for seed in seeds for method, objective in methods.items()]
 
 
 def run(plan: Plan) -> list[dict]:
-    """The records of ``plan``, in grid order; what is missing is computed first, in parallel worker processes.
-
-    Raises ValueError if runs are missing and ``train_missing`` is False, if a file of the results folder is damaged, or if
-    the records were made from different data, students or teachers.
-    """
+    """The records of ``plan``, in grid order; what is missing is computed first. ValueError if it may not be, or copies differ."""
     results.read_claims(plan.folder)
     found = results.read_records(plan.root, plan.preset.name, plan.ids)
     have = {r["run_id"] for r in found}
-    missing = [c for c in plan.configs if results.run_id(c) not in have]
+    missing = [c for i, c in zip(plan.ids, plan.configs) if i not in have]
     at_hand = store.artefact_path(plan.root, "data", plan.configs[0]["data"])
     if at_hand.is_dir():
         _check_one_origin([*found, {"provenance": {"data_hash": store.content_hash(at_hand)}}], plan)
@@ -179,25 +146,22 @@ def _hashes(root: Path, config: dict) -> dict:
     from kdlib import stages
 
     base, tuned = stages.model_specs(config)
-    specs = {"data": ("data", config["data"]), "student": ("base", base), "teacher": ("teacher", tuned)}
-    return {f"{name}_hash": store.content_hash(stages.path(root, kind, spec)) if spec else None
-            for name, (kind, spec) in specs.items()}
+    specs = (("data", "data", config["data"]), ("student", "base", base), ("teacher", "teacher", tuned))
+    return {f"{name}_hash": store.content_hash(stages.path(root, kind, spec)) if spec else None for name, kind, spec in specs}
 
 
 def tasks(configs: list[dict], plan: Plan) -> list[runner.Task]:
     """Artefacts and runs as tasks with what each waits for, and a cost in parameter-tokens for the progress estimate."""
     from kdlib import stages
 
-    out: dict[str, runner.Task] = {}
+    out = {}
     for config in configs:
         needs = []
         for kind, spec in stages.needed(config):
             key = f"{kind}-{store.digest(spec)}"
             cost = 0.0 if stages.path(plan.root, kind, spec).is_dir() else stages.cost(kind, spec)
             out.setdefault(key, runner.Task(key, stages.make, (str(plan.root), kind, spec), tuple(needs), cost))
-            if kind != "data":
-                needs = [n for n in needs if not n.startswith("data")]
-            needs.append(key)
+            needs = [n for n in needs if not n.startswith("data")] + [key]
         key = results.run_id(config)
         out[key] = runner.Task(key, execute, (str(plan.root), plan.preset.name, plan.experiment, config), tuple(needs),
                                stages.cost("run", config))
@@ -225,7 +189,8 @@ def execute(root: str, preset: str, experiment: str, config: dict) -> str:
 def _train_and_evaluate(root: Path, config: dict) -> dict:
     import torch
 
-    from kdlib import data, evaluate, models, stages, teachers, trainer
+    from kdlib import data, evaluate, models, stages, teachers
+    from kdlib.losses import Objective
 
     wall, cpu = time.perf_counter(), time.process_time()
     bundle = _loaded(str(root), json.dumps(config["data"]))
@@ -234,31 +199,21 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     teacher = models.load(stages.make(str(root), "teacher", tuned), models.device())[0] if tuned else None
     targets = teachers.Cached(stages.make(str(root), "targets", stages.target_spec(tuned))) if tuned else None
     pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
-    order = data.stream(pool, config["steps"], config["batch_size"], config["seed"], bundle.lengths, config["length_window"])
-    rows = [bundle.train[i] for i in order]
     objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
-    scratch = tempfile.mkdtemp()
-    try:
-        how = {k: config[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
-        log = trainer.train(student, tokenizer, rows, output_dir=scratch, teacher=targets, objective=objective, **how)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    trained = time.perf_counter()
-    held = bundle.held[config["split"]]
-    metrics, items = evaluate.evaluate(student, tokenizer, held, verify=bundle.verify, max_new_tokens=config["max_new_tokens"],
-                                       clean=bundle.clean.get(config["split"]), teacher=teacher)
-    metrics["train_loss"] = log["train_loss"]
+    rows, loss = stages.fit(student, tokenizer, bundle.train, pool, config, teacher=targets, objective=objective)
+    trained, split = time.perf_counter(), config["split"]
+    metrics, items = evaluate.evaluate(student, tokenizer, bundle.held[split], verify=bundle.verify, clean=bundle.clean.get(split),
+                                       max_new_tokens=config["max_new_tokens"], teacher=teacher)
+    metrics["train_loss"] = loss
     if tuned:
-        own = json.loads((stages.path(root, "teacher", tuned) / "evaluation.json").read_text(encoding="utf-8"))[config["split"]]
+        own = json.loads((stages.path(root, "teacher", tuned) / "evaluation.json").read_text(encoding="utf-8"))[split]
         metrics |= {f"teacher_{name}": value for name, value in own.items()}
     provenance = {**results.environment(), **_hashes(root, config), "device": str(student.device),
-                  "dtype": str(student.dtype).removeprefix("torch."),
-                  "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
-                  "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
-                  "tokens": sum(len(r["input_ids"]) for r in rows),
-                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]),
-                  "data_report": bundle.report}
+                  "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+                  "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
+                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in rows),
+                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report}
     return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
             "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
-            "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config,
-            "provenance": provenance}
+            "world_seed": config["data"]["world_seed"],
+            "metrics": metrics, "items": items, "config": config, "provenance": provenance}

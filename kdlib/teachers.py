@@ -4,15 +4,11 @@ A teacher has ``prepare(student, tokenizer, dataset, objective, device)``, which
 and returns the common vocabulary, and ``targets(inputs, mask)``, a batch's teacher rows as :mod:`kdlib.losses` takes them.
 
 A cache is a folder of Arrow shards with manifests. Targets are found by example id, never by order, and a cache of another
-teacher, tokenizer, template or text is refused. Four formats:
-
-* ``full``: all logits; exact, at any temperature.
-* ``hidden``: what the teacher's LM head reads, and that head once; as exact, and smaller where the vocabulary is wider than
-  the teacher.
-* ``top_k``: the k largest log-probabilities; the mass of all others is one bucket (``tail="bucket"``), or is dropped and
-  the k renormalised (``tail="renormalise"``). A bucket never overstates the divergence; renormalising sharpens the teacher.
-* ``sampled``: k tokens drawn from the teacher and its entropy; the forward KL and its gradient are unbiased (Anshumann et
-  al. 2025, arXiv 2503.16870).
+teacher, tokenizer, template or text is refused. Four forms: ``full``, all logits, exact at any temperature; ``hidden``, what the
+teacher's LM head reads and that head once, as exact and smaller where the vocabulary is wider than the teacher; ``top_k``, the k
+largest log-probabilities, the mass of all others in one bucket (``tail="bucket"``, which never overstates the divergence) or
+dropped and the k renormalised (``tail="renormalise"``, which sharpens the teacher); ``sampled``, k tokens drawn from the teacher
+and its entropy, with which forward KL and its gradient are unbiased (Anshumann et al. 2025, arXiv 2503.16870).
 """
 
 import hashlib
@@ -30,8 +26,8 @@ from kdlib import inference, models, store
 from kdlib.data import Collator, example_key
 from kdlib.losses import Head, Hidden, Objective, Sparse
 
-ALLOWED = {"form": ("full", "hidden", "top_k", "sampled"), "tail": ("bucket", "renormalise"), "dtype": ("float16", "float32")}
 EXACT = ("full", "hidden")
+ALLOWED = {"form": (*EXACT, "top_k", "sampled"), "tail": ("bucket", "renormalise"), "dtype": ("float16", "float32")}
 
 
 class Live:
@@ -158,10 +154,7 @@ def _pack(model, batch, mask, spec: dict, generator) -> dict:
 
 
 class Cached:
-    """A cache that :func:`write_cache` made, memory-mapped and checked as it opens.
-
-    Raises ValueError, with the reason, if it is unfinished or damaged.
-    """
+    """A cache that :func:`write_cache` made, memory-mapped; raises ValueError as it opens if it is unfinished or damaged."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)

@@ -25,17 +25,13 @@ def read_jsonl(path: str | Path) -> list[dict]:
                     if not isinstance(rows[-1], dict):
                         raise ValueError(f"a {type(rows[-1]).__name__}, but a row is an object")
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        line = number if isinstance(error, ValueError) else number + 1
-        raise ValueError(f"{path}, line {line}: not a JSON object in UTF-8 ({error}).") from error
+        number += not isinstance(error, ValueError)  # a broken archive ends before the line that it spoils
+        raise ValueError(f"{path}, line {number}: not a JSON object in UTF-8 ({error}).") from error
     return rows
 
 
 def load_rows(source: dict) -> list[dict]:
-    """Rows of one source: the local file under ``KDLIB_DATA`` if that is set, else the hub id.
-
-    ``source`` has ``local`` (file name), ``hub`` (dataset id) with an optional ``hub_config``, and ``where`` (column =
-    value, for the local file). Raises FileNotFoundError naming both remedies, and ValueError if no row is left.
-    """
+    """Rows of a source: ``local`` under ``KDLIB_DATA`` if set, columns as in ``where``, else ``hub``; raises if it has none."""
     root = os.environ.get("KDLIB_DATA")
     if root:
         path = Path(root) / source["local"]
@@ -62,7 +58,7 @@ def to_messages(row: dict) -> list[dict]:
     messages = row.get("messages")
     if messages:
         fine = isinstance(messages, list) and all(
-            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
         if not fine or not any(m["role"] == "assistant" for m in messages):
             raise ValueError(f"Row {row.get('id')!r}: messages must be a list of objects with the texts 'role' and 'content', "
                              "at least one of them an assistant's.")
@@ -77,9 +73,8 @@ def to_messages(row: dict) -> list[dict]:
 def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validation_rows: int, test_rows: int) -> Corpus:
     """Human-written instructions as a :class:`~kdlib.data.Corpus`; there is one such world, whatever ``world_seed``.
 
-    Exact duplicates of a prompt (all that is said before or between the answers) are dropped, and so is every training row
-    whose prompt is held out. Where the ``test`` source cannot be had (the hub has no such split), one row in twenty is held
-    out, chosen by a hash of its prompt. Validation rows come from the training source.
+    Rows whose prompt (all that is said before or between the answers) came before or is held out are dropped. Where there is no
+    ``test`` source, one row in twenty is held out, by a hash of its prompt. Validation rows come from the training source.
     """
     pool, read = _conversations(train)
     if test.get("hub") or os.environ.get("KDLIB_DATA"):
@@ -90,8 +85,7 @@ def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validati
     rows = [pool[p] for p in sorted(pool.keys() - overlap, key=lambda p: zlib.crc32(p.encode()))]
     tests = sorted(held.values(), key=lambda r: zlib.crc32(r["id"].encode()))[:test_rows]
     report = {"rows_read": read, "duplicate_prompts_dropped": read - len(pool), "held_out_prompts_dropped": len(overlap)}
-    return Corpus(pretrain=lambda: _plain(pretrain),
-                  train=Dataset.from_list(rows[validation_rows:]),
+    return Corpus(pretrain=lambda: _plain(pretrain), train=Dataset.from_list(rows[validation_rows:]),
                   validation=Dataset.from_list(rows[:validation_rows]), test=Dataset.from_list(tests), report=report)
 
 
@@ -106,12 +100,9 @@ def _plain(source: dict) -> list[str]:
     rows = load_rows(source)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("text"), str):
-            raise ValueError(f"{_origin(source)}, row {number} has no 'text'; its columns are {sorted(row)}.")
+            name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
+            raise ValueError(f"{name}, row {number} has no 'text'; its columns are {sorted(row)}.")
     return [row["text"] for row in rows if row["text"].strip()]
-
-
-def _origin(source: dict) -> str:
-    return source["local"] if os.environ.get("KDLIB_DATA") else source["hub"]
 
 
 def _conversations(source: dict) -> tuple[dict[str, dict], int]:
@@ -121,7 +112,8 @@ def _conversations(source: dict) -> tuple[dict[str, dict], int]:
         try:
             messages = to_messages(row)
         except ValueError as error:
-            raise ValueError(f"{_origin(source)}: {error}") from error
+            name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
+            raise ValueError(f"{name}: {error}") from error
         found = source.get("category_in_id") and re.match(source["category_in_id"], str(row.get("id")))
         kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
         prompt = "\n".join(m["content"].strip() for m in messages if m["role"] != "assistant")

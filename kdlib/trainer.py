@@ -19,16 +19,16 @@ class DistillationTrainer(Trainer):
     Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with the settings of
     :class:`~kdlib.losses.Objective`. On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the
     batches takes the student's own samples for answers, of at most ``max_new_tokens``, and a live teacher's word on them. The sum
-    over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Only response positions go through the LM head, in chunks. Raises ValueError before
-    training on a bad setting, a missing teacher, or one that does not fit student and data.
+    over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Only
+    response positions go through the LM head, in chunks. Raises ValueError before training on a bad setting, a missing
+    teacher, or one that does not fit student and data.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args, teacher=None, objective: Objective = Objective(alpha=0.0), lmbda: float = 0.0,
                  max_new_tokens: int = 128, chunk_size: int | None = None, **kwargs):
-        if objective.alpha > 0 and teacher is None:
-            raise ValueError(f"alpha={objective.alpha} asks for distillation, but teacher is None; give a teacher or alpha=0.")
+        objective.with_teacher(teacher)
         if not 0 <= lmbda <= 1 or (lmbda and (objective.alpha < 1 or not isinstance(teacher, Live))):
             raise ValueError(f"lmbda={lmbda!r} is not allowed; allowed: 0 to 1, and above 0 only with alpha=1 and a live teacher, "
                              "because nobody else can judge the student's own answers.")
@@ -36,8 +36,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # whatever the model, the step's response tokens are counted
         self.lmbda, self.max_new_tokens = lmbda, max_new_tokens
         self.objective, self.chunk_size, self.teacher = objective, chunk_size, teacher if objective.alpha > 0 else None
-        self.linear = inference.linear_head(self.model)
-        self.vocabulary = None
+        self.linear, self.vocabulary = inference.linear_head(self.model), None
         if self.teacher is not None:
             self.vocabulary = self.teacher.prepare(self.model, self.processing_class, self.train_dataset, objective, self.args.device)
 
@@ -87,17 +86,15 @@ class DistillationTrainer(Trainer):
 
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
-          teacher=None, objective: Objective = Objective(alpha=0.0), warmup: float = 0.05, weight_decay: float = 0.0,
-          **arguments) -> dict:
+          teacher=None, objective: Objective = Objective(alpha=0.0), warmup: float = 0.05, **arguments) -> dict:
     """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log.
 
-    ``rows`` holds ``steps * batch_size`` dicts with ``input_ids`` and ``labels`` (and ``id`` for a cached teacher). Linear
-    warm-up over the share ``warmup`` of the steps, then linear decay to zero; AdamW. Further ``arguments`` go to
-    ``TrainingArguments``.
+    ``rows`` holds ``steps * batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up
+    over the share ``warmup`` of the steps, then linear decay to zero. Further ``arguments`` go to ``TrainingArguments``.
     """
     args = TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
-        lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=weight_decay, seed=seed,
+        lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=0.0, seed=seed,
         train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=torch.accelerator.is_available(), **arguments)
     trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id, pack=True),

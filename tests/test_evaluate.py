@@ -70,14 +70,14 @@ def test_batched_generation_equals_one_at_a_time(teacher, tokenizer, held):
             if ids[-1] == tokenizer.eos_token_id:
                 break
         expected.append(tokenizer.decode(ids[len(prompt):], skip_special_tokens=True))
-    assert evaluate.generate(teacher, tokenizer, conversations, 5) == expected
+    assert evaluate.replies(teacher, tokenizer, conversations, 5) == expected
     assert len(set(expected)) > 1
 
 
 def test_accuracy_asks_the_verifier_about_each_row(student, tokenizer, held, monkeypatch):
-    monkeypatch.setattr(evaluate, "generate", lambda m, t, conversations, n: [f"it is {a} ." for a in held["answer"]])
+    monkeypatch.setattr(evaluate, "replies", lambda m, t, conversations, n: [f"it is {a} ." for a in held["answer"]])
     assert evaluate.accuracy(student, tokenizer, held, lab.World(3).verify, 4) == [1] * len(held)
-    monkeypatch.setattr(evaluate, "generate", lambda m, t, conversations, n: [c[-1]["content"] for c in conversations])
+    monkeypatch.setattr(evaluate, "replies", lambda m, t, conversations, n: [c[-1]["content"] for c in conversations])
     assert sum(evaluate.accuracy(student, tokenizer, held, lab.World(3).verify, 4)) == 0
 
 

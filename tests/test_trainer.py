@@ -1,7 +1,11 @@
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer, TrainingArguments
 
@@ -174,8 +178,78 @@ def test_a_batch_without_responses_gives_zero(student, teacher, rows, tmp_path, 
     assert loss.item() == 0 and all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 
+def made(model, rows, folder, tokenizer, teacher=None, **arguments):
+    """A DistillationTrainer over ``rows`` in their order, by plain gradient descent."""
+    more = {n: arguments.pop(n) for n in ("lmbda", "max_new_tokens") if n in arguments}
+    args = TrainingArguments(folder, report_to=[], use_cpu=True, per_device_train_batch_size=8, train_sampling_strategy="sequential",
+                             remove_unused_columns=False, disable_tqdm=True, **{"learning_rate": 1e-3, "save_strategy": "no", **arguments})
+    return trainer.DistillationTrainer(model=copy.deepcopy(model), args=args, processing_class=tokenizer, train_dataset=rows,
+                                       data_collator=data.Collator(0), teacher=teacher, objective=Objective(1.0 if teacher else 0.0), **more)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5])
+def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(student, teacher, rows, tmp_path, tokenizer, lmbda):
+    options = {"max_steps": 6, "lmbda": lmbda, "max_new_tokens": 4, "teacher": Live(teacher)}
+    whole = made(student, rows, tmp_path / "whole", tokenizer, **options)
+    whole.train()
+    half = made(student, rows, tmp_path / "half", tokenizer, save_strategy="steps", save_steps=3, **options)
+    half.train()
+    resumed = made(student, rows, tmp_path / "half", tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
+    assert distance(weights(whole.model), weights(student)) > 1e-3
+    assert distance(weights(whole.model), weights(half.model)) == 0 == distance(weights(whole.model), weights(resumed.model))
+
+
+def test_on_policy_answers_are_the_students_and_nothing_after_their_end(student, teacher, rows, tmp_path, tokenizer):
+    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher), lmbda=1.0, max_new_tokens=40)
+    with torch.no_grad():
+        learner.model.lm_head.weight[tokenizer.eos_token_id] *= 8  # so that some answers end early
+    batch, end = batch_of(rows), tokenizer.eos_token_id
+    torch.manual_seed(3)
+    own = learner.own_answers(batch)
+    prompts = [[t for t, y in zip(r["input_ids"], r["labels"]) if y == -100] for r in rows.select(range(8)).to_list()]
+    lengths = set()
+    for ids, mask, labels, prompt in zip(*(own[k].tolist() for k in ("input_ids", "attention_mask", "labels")), prompts):
+        n = sum(mask)
+        answer = ids[len(prompt):n]
+        assert ids[:len(prompt)] == prompt and labels[:len(prompt)] == [-100] * len(prompt)
+        assert labels[len(prompt):] == answer + [-100] * (len(ids) - n) and mask == [1] * n + [0] * (len(ids) - n)
+        assert end not in answer[:-1] and (answer[-1] == end or len(answer) == 40)
+        lengths.add(len(answer))
+    assert len(lengths) > 1 and min(lengths) < 40
+
+
+def test_the_on_policy_share_is_that_of_the_batches(student, teacher, rows, tmp_path, tokenizer, monkeypatch):
+    counts = {}
+    for lmbda in (0.0, 0.4, 1.0):
+        learner = made(student, [rows[i % 48] for i in range(400)], tmp_path, tokenizer, teacher=Live(teacher), lmbda=lmbda, max_steps=50)
+        asked = []
+        monkeypatch.setattr(learner, "own_answers", lambda batch: asked.append(1) or batch)
+        learner.train()
+        counts[lmbda] = len(asked)
+    assert counts[0.0] == 0 and counts[1.0] == 50 and 10 <= counts[0.4] <= 30
+
+
+def test_packed_batches_and_on_policy_answers_do_not_mix(student, teacher, rows, tmp_path, tokenizer):
+    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher), lmbda=1.0)
+    with pytest.raises(ValueError, match="one conversation a row; allowed: a collator that does not pack"):
+        learner.own_answers(data.Collator(0, pack=True)([rows[i] for i in range(16)]))
+
+
+def test_two_processes_train_as_one(rows, tmp_path):
+    """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
+    script = Path(__file__).with_name("two_processes.py")
+    for processes in (1, 2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
+                               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(tmp_path / str(processes))],
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two, start = (load_file(tmp_path / name) for name in ("1", "2", "1.start"))
+    assert distance(one, start) > 1e-3 and distance(one, two) < 1e-6
+
+
 @pytest.mark.parametrize("options, message", [
-    ({"objective": Objective(0.5)}, "teacher is None; give a teacher or alpha=0"), ({"lmbda": 2.0}, "lmbda=2.0 is not allowed"),
+    ({"objective": Objective(0.5)}, "no teacher; give a teacher or alpha=0"), ({"lmbda": 2.0}, "lmbda=2.0 is not allowed"),
     ({"lmbda": 0.5}, "lmbda=0.5 .* only with alpha=1 and a live teacher")])
 def test_bad_options_are_named_before_training(student, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

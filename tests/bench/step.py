@@ -1,6 +1,6 @@
 """One process, one engine: ``python tests/bench/step.py ENGINE SIZE [STEPS]`` prints a JSON line with time and memory of a step.
 
-ENGINE is trl (its GKD trainer, off-policy), live, cached (top 64), full (all logits cached) or sft. Every engine gets the same
+ENGINE is trl (its GKD trainer, off-policy), live, hidden (an exact cache), top64 (a cache of 64 tokens) or sft. Every engine gets the same
 models, conversations and batches, in float32 on two threads, or in bfloat16 where there is a GPU.
 """
 
@@ -13,6 +13,7 @@ import time
 
 import torch
 
+CACHES = {"hidden": {"form": "hidden"}, "top64": {"form": "top_k", "k": 64}}
 SIZES = {
     "lab": {"vocabulary": 500, "student": (3, 96), "teacher": (4, 160), "rows": 32, "prompt": (6, 16), "answer": (4, 10), "steps": 60},
     "mid": {"vocabulary": 31990, "student": (4, 256), "teacher": (6, 512), "rows": 8, "prompt": (64, 192), "answer": (32, 96), "steps": 9},
@@ -77,7 +78,8 @@ def main(engine: str, name: str, steps: int | None = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": size["rows"], "learning_rate": 1e-4,
                   "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "seed": 0,
-                  "train_sampling_strategy": "sequential", "dataloader_pin_memory": False}
+                  "train_sampling_strategy": "sequential", "dataloader_pin_memory": False, "bf16": torch.cuda.is_available(),
+                  "use_cpu": not torch.cuda.is_available()}
         if engine == "trl":
             from datasets import Dataset
 
@@ -87,15 +89,14 @@ def main(engine: str, name: str, steps: int | None = None) -> dict:
         else:
             rows = [dict(zip(("id", "input_ids", "labels"), (str(i), *data.encode(m, tokenizer)))) for i, m in enumerate(messages)]
             source = None
-            if engine in ("cached", "full"):
-                form = {"form": "top_k", "k": 64} if engine == "cached" else {"form": "full"}
-                source = teachers.Cached(teachers.write_cache(f"{folder}/cache", teacher, tokenizer, rows, **form))
+            if engine in CACHES:
+                source = teachers.Cached(teachers.write_cache(f"{folder}/cache", teacher, tokenizer, rows, **CACHES[engine]))
                 del teacher
             elif engine == "live":
                 source = teachers.Live(teacher)
             made = trainer.DistillationTrainer(
                 model=student, args=trainer.TrainingArguments(**common, remove_unused_columns=False), train_dataset=rows,
-                data_collator=data.Collator(tokenizer.pad_token_id), processing_class=tokenizer, teacher=source,
+                data_collator=data.Collator(tokenizer.pad_token_id, pack=True), processing_class=tokenizer, teacher=source,
                 objective=losses.Objective(alpha=0.0 if engine == "sft" else 1.0))
         made.add_callback(Clock)
         loss = made.train().training_loss
