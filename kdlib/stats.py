@@ -23,14 +23,17 @@ class Interval(NamedTuple):
 
 def paired_interval(differences, level: float = 0.95) -> Interval:
     """The paired-t interval of the mean of ``differences`` (one a seed). Raises ValueError on fewer than two."""
-    d = np.asarray(differences, dtype=float)
+    d = _rounded(np.asarray(differences, dtype=float))
     if len(d) < 2:
         raise ValueError(f"An interval needs at least two seeds; {len(d)} given.")
     if np.ptp(d) == 0:
         return Interval(*[float(d[0])] * 3, len(d), float(d[0] == 0))
     test = scipy_stats.ttest_1samp(d, 0.0)
-    low, high = test.confidence_interval(level)
-    return Interval(float(d.mean()), float(low), float(high), len(d), float(test.pvalue))
+    return Interval(*_rounded(np.array([d.mean(), *test.confidence_interval(level)])).tolist(), len(d), float(test.pvalue))
+
+
+def _rounded(values):
+    return values.round(12) + 0.0  # the last digits differ from processor to processor and are no spread; no minus zero
 
 
 def holm(p_values) -> list[float]:
@@ -43,14 +46,8 @@ def holm(p_values) -> list[float]:
 
 def verdict(low: float, high: float, delta: float, n_seeds: int) -> str:
     """supported, refuted, no meaningful difference or inconclusive; exploratory with fewer than five seeds."""
-    if low > 0:
-        found = "supported"
-    elif high < 0:
-        found = "refuted"
-    elif -delta < low and high < delta:
-        found = "no meaningful difference"
-    else:
-        found = "inconclusive"
+    inside = "no meaningful difference" if -delta < low and high < delta else "inconclusive"
+    found = "supported" if low > 0 else "refuted" if high < 0 else inside
     return found if n_seeds >= DECISIVE_SEEDS else f"exploratory: {found}"
 
 
@@ -65,7 +62,7 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baselin
         raise ValueError(f"Contrasts need {method} and {baseline} runs of the same seeds; unpaired (budget, seed): "
                          f"{', '.join(map(str, unpaired[:5]))}.")
     gap = (sides[0][metric.name] - sides[1][metric.name]) * (1 if metric.higher_is_better else -1)
-    return gap.rename("gap").reset_index().assign(run_ids=list(map(list, zip(sides[0].run_id, sides[1].run_id))))
+    return _rounded(gap).rename("gap").reset_index().assign(run_ids=list(map(list, zip(sides[0].run_id, sides[1].run_id))))
 
 
 def item_interval(items: pd.DataFrame, metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
@@ -103,7 +100,7 @@ def fading(gaps: pd.DataFrame) -> pd.Series:
 
 
 def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
-    """Claims C1a and C1b of one world, decided by their pre-stated contrasts."""
+    """Claims C1a and C1b of one world, decided by their pre-stated contrasts; numbers to six digits, the same on any machine."""
     gaps = paired_gaps(frame, metric)
     faded = metric.delta / float(np.log2(gaps.budget.max() / gaps.budget.min()))  # so that over the whole grid, δ matters
     small = sorted(gaps.budget.unique())[:2]
@@ -113,8 +110,9 @@ def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
     claims = []
     for claim, contrast, differences, delta, used in contrasts:
         i = paired_interval(differences)
+        estimate, low, high, delta = (float(f"{v:.6g}") for v in (*i[:3], delta))
         claims.append({"claim": claim, "preset": frame.preset.iloc[0], "world_seeds": sorted(map(int, frame.world_seed.unique())),
-                       "contrast": contrast, "estimate": i.estimate, "ci_low": i.low, "ci_high": i.high, "n_seeds": i.n,
-                       "delta": delta, "verdict": verdict(i.low, i.high, delta, i.n),
+                       "contrast": contrast, "estimate": estimate, "ci_low": low, "ci_high": high, "n_seeds": i.n,
+                       "delta": delta, "verdict": verdict(low, high, delta, i.n),
                        "run_ids": sorted(r for pair in used.run_ids for r in pair)})
     return claims
