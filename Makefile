@@ -47,7 +47,7 @@ outputs: $(READY)
 	  --extra-keys "metadata.papermill metadata.widgets metadata.language_info cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
 
 readme: $(READY)
-	$(BIN)/python -c "from kdlib import results; results.update_readme()"
+	$(BIN)/python .ci/readme.py
 
 clean:
 	rm -rf .study .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants

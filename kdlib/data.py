@@ -32,7 +32,7 @@ def encode(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     return out["input_ids"], [t if m else IGNORE for t, m in zip(out["input_ids"], out["assistant_masks"])]
 
 
-def _stretches(labels: list[int]) -> list[tuple[int, int]]:
+def stretches(labels: list[int]) -> list[tuple[int, int]]:
     """``(start, end)`` of every longest run of tokens that are all in the loss or all outside it."""
     starts = [i for i in range(len(labels)) if i == 0 or (labels[i] == IGNORE) != (labels[i - 1] == IGNORE)]
     return list(zip(starts, [*starts[1:], len(labels)]))
@@ -40,7 +40,7 @@ def _stretches(labels: list[int]) -> list[tuple[int, int]]:
 
 def marked_text(ids: list[int], labels: list[int], tokenizer) -> str:
     """A row as text with every stretch that is in the loss between ⟦ and ⟧."""
-    texts = ((tokenizer.decode(ids[start:end]), labels[start]) for start, end in _stretches(labels))
+    texts = ((tokenizer.decode(ids[start:end]), labels[start]) for start, end in stretches(labels))
     return " ".join(text if label == IGNORE else f"⟦{text}⟧" for text, label in texts)
 
 
@@ -49,7 +49,7 @@ def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[
     excess = len(ids) - max_length
     if excess <= 0:
         return ids, labels
-    prompts = [s for s in _stretches(labels) if labels[s[0]] == IGNORE]
+    prompts = [s for s in stretches(labels) if labels[s[0]] == IGNORE]
     start, end = max(prompts, key=lambda s: s[1] - s[0], default=(0, 0))
     keep = end - start - excess  # of it, the head for the role and the instruction, and the tail for the turn's end
     if keep < 8:

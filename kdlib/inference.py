@@ -40,7 +40,7 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
     def forward(hidden):
         results.append(compute(hidden[mask]))
         # A wrapper looks from the output for the parameters in use; the model may scale or cap what it takes for logits.
-        return results[0].sum().reshape(1, 1, 1)
+        return results[0].sum() * hidden.new_ones(1, 1, 1)
 
     head.forward = forward
     try:

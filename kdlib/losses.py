@@ -153,8 +153,12 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     width = teacher.head.weight.shape[0] if isinstance(teacher, Hidden) else getattr(teacher, "shape", (0, 0))[-1]
     if width and width != head.weight.shape[0]:
         raise ValueError(f"The student's head has {head.weight.shape[0]} tokens and the teacher's {width}; give the common vocabulary.")
-    chunk = chunk_size or max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-    total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, chunk)
+    chunk, where = chunk_size or max(1, CHUNK_ELEMENTS // head.weight.shape[0]), hidden.device.type
+    if torch.is_autocast_enabled(where):  # once here, since nothing inside the chunks may change its type
+        hidden = hidden.to(low := torch.get_autocast_dtype(where))
+        teacher = teacher._replace(states=teacher.states.to(low)) if isinstance(teacher, Hidden) else teacher
+    with torch.autocast(where, enabled=False):
+        total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, chunk)
     return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
@@ -216,6 +220,7 @@ class _Chunked(torch.autograd.Function):
         small = grad_weight is not None and grad_weight.dtype != hidden.dtype
         part = torch.empty_like(weight, dtype=hidden.dtype) if small else None
         near = weight.to(hidden.dtype)
+        head = head._replace(weight=near)
         total = _wide(hidden[:0]).new_zeros(())
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)

@@ -143,24 +143,3 @@ def write_claims(claims: list[dict], folder: Path) -> None:
     with store.lock(folder.parent, f"claims-{folder.name}"):
         merged = {(c["claim"], tuple(c["world_seeds"])): c for c in [*read_claims(folder), *claims]}
         store.write_atomic(folder / "claims.json", json.dumps([merged[k] for k in sorted(merged)], indent=1) + "\n")
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.values]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def generated_readme(text: str, root: Path) -> str:
-    """The README's text with the block between its ``claims`` markers made anew from the committed claims."""
-    start, end = "<!-- claims:start -->", "<!-- claims:end -->"
-    head, rest = text.split(start)
-    _, tail = rest.split(end)
-    table = claims_table([p.parent for p in sorted(root.glob("*/claims.json"))])
-    return f"{head}{start}\n{markdown(table)}\n{end}{tail}"
-
-
-def update_readme() -> None:
-    """Write the README's claims table anew from the committed claims."""
-    readme = REPOSITORY / "README.md"
-    store.write_atomic(readme, generated_readme(readme.read_text(encoding="utf-8"), REPOSITORY / "results"))

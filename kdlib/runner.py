@@ -1,4 +1,4 @@
-"""Run tasks with dependencies in parallel worker processes, each on one thread."""
+"""Run tasks with dependencies in parallel: in worker processes here, each on one thread, or on a Ray cluster."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import NamedTuple
@@ -24,16 +24,17 @@ class Task(NamedTuple):
     cost: float
 
 
-def compute(tasks: list[Task], workers: int = 0) -> None:
+def compute(tasks: list[Task], workers: int = 0, executor: str = "processes") -> None:
     """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
 
-    ``workers=0`` takes one process per core, or one in all where an accelerator does the work. A task that fails stops the rest
-    from starting; what was running finishes, and the error is raised.
+    ``executor`` names one of ``EXECUTORS``. ``workers=0`` takes as many as it has: a process per core, or one in all where an
+    accelerator does the work; on Ray one per core or accelerator of the cluster. A task that fails stops the rest from
+    starting; what was running finishes, and the error is raised.
     """
     waiting, done, running, failure, busy = list(tasks), set(), {}, None, 0.0
     bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0,
                bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}")
-    with Processes(workers) as pool, bar:
+    with EXECUTORS[executor](workers) as pool, bar:
         while (waiting and not failure) or running:
             for task in [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]:
                 waiting.remove(task)
@@ -72,7 +73,7 @@ class Processes(ProcessPoolExecutor):
 
 
 def _start_worker() -> None:
-    """An end of its own when the parent is killed, one thread, no advice on standard error."""
+    """An end of its own when the parent is killed."""
     parent = multiprocessing.parent_process()
 
     def follow():
@@ -80,9 +81,41 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    _quiet()
+
+
+def _quiet() -> None:
+    """One thread, no advice on standard error."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+
+
+class Ray(Executor):
+    """The Ray cluster that RAY_ADDRESS names, or one on this machine; all its machines see the results folder.
+
+    A task whose worker dies is done again, up to three times. Raises ValueError if Ray is not installed.
+    """
+
+    def __init__(self, workers: int):
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("executor='ray' needs Ray, which is not installed; pip install 'kdlib[cluster]', or take 'processes'."
+                             ) from error
+        ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        devices = int(ray.cluster_resources().get("GPU", 0))
+        self.workers = workers or devices or int(ray.cluster_resources()["CPU"])
+        task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
+        self.remote = task(lambda function, arguments: _quiet() or function(*arguments))
+        self.shutdown = lambda **_: ray.shutdown()
+
+    def submit(self, function, *arguments):
+        """The future of ``function(*arguments)``."""
+        return self.remote.remote(function, arguments).future()
+
+
+EXECUTORS = {"processes": Processes, "ray": Ray}

@@ -30,6 +30,7 @@ class Bundle:
     clean: dict[str, list[dict]]
     verify: Callable | None
     report: dict
+    tokenizer: PreTrainedTokenizerFast
 
 
 def model_specs(config: dict) -> tuple[dict, dict | None]:
@@ -113,12 +114,8 @@ def read_data(root: Path, spec: dict) -> Bundle:
     held = {s: load_from_disk(folder / s) for s in ("validation", "test")}
     return Bundle(train=rows, skills=list(train["skill"]), held=held, clean=clean,
                   verify=SOURCES[spec["source"]["kind"]].verifier(spec["world_seed"]),
-                  report=json.loads((folder / "report.json").read_text(encoding="utf-8")))
-
-
-def data_and_tokenizer(root: Path, spec: dict) -> tuple[Bundle, PreTrainedTokenizerFast]:
-    """The data of ``spec`` with its tokenizer, made if missing."""
-    return read_data(root, spec), models.load_tokenizer(path(root, "data", spec) / "tokenizer")
+                  report=json.loads((folder / "report.json").read_text(encoding="utf-8")),
+                  tokenizer=models.load_tokenizer(folder / "tokenizer"))
 
 
 def _build_base(root: Path, spec: dict, folder: Path) -> None:
@@ -156,5 +153,6 @@ def fit(model, tokenizer, rows: list[dict], pool: list[int], how: dict, **object
 
 def _train(model, rows: list[dict], tokenizer, how: dict, folder: Path) -> None:
     _, loss = fit(model, tokenizer, rows, list(range(len(rows))), how)
-    models.save(model, tokenizer, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps({"train_loss": loss}), encoding="utf-8")

@@ -14,14 +14,10 @@ MARKER = "kdlib-results.json"
 FORMAT = {"format": "kdlib results", "version": 1}
 
 
-def canonical(value) -> str:
-    """JSON text of ``value`` that is the same for equal values: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
 def digest(value, length: int = 16) -> str:
-    """The first ``length`` hex digits of the SHA-256 of ``canonical(value)``."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+    """The first ``length`` hex digits of a SHA-256 that is the same for equal values: JSON with sorted keys and no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def file_hash(path: str | Path) -> str:

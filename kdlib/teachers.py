@@ -14,16 +14,19 @@ and its entropy, with which forward KL and its gradient are unbiased (Anshumann 
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors.torch import load_file, save_file
 
 from kdlib import inference, models, store
 from kdlib.data import Collator, example_key
+from kdlib.evaluate import replies
 from kdlib.losses import Head, Hidden, Objective, Sparse
 
 EXACT = ("full", "hidden")
@@ -97,19 +100,49 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
         spec |= {"width": head.in_features, "linear": inference.linear_head(model)}
         if spec["linear"] is None:
             raise ValueError("form='hidden' needs a teacher whose logits are one matrix times its hidden states; allowed: another form.")
+    parts = {}
+    if form == "hidden":
+        tensors = {n: v.detach().cpu().contiguous() for n in ("weight", "bias") if (v := getattr(head, n)) is not None}
+        parts["head"] = lambda work: save_file(tensors, work / "head.safetensors")
+    build = partial(_write_shard, model=model, tokenizer=tokenizer, spec=spec, batch_size=batch_size)
+    return _write(folder, spec, {**parts, **_shards(rows, shard_rows, build)})
+
+
+def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
+                  seed: int = 0, shard_rows: int = 1000) -> Dataset:
+    """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each: data for sequence-level distillation.
+
+    Fine-tuning on them is the method of Kim & Rush 2016 (arXiv 1606.07947). Greedy at temperature 0, else sampled. They are kept
+    in ``folder`` by shards, as a cache is: a writer that was killed goes on. Raises ValueError if it holds something else.
+    """
+    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([[r["id"], r["messages"]] for r in rows]),
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows}
+
+    def build(work: Path, rows: list[dict], number: int) -> None:
+        torch.manual_seed(seed * 1_000_003 + number)
+        said = replies(model, tokenizer, [r["messages"][:-1] for r in rows], max_new_tokens, temperature)
+        spoken = [[*r["messages"][:-1], {"role": "assistant", "content": text}] for r, text in zip(rows, said)]
+        Dataset.from_list([{**r, "messages": m} for r, m in zip(rows, spoken)]).save_to_disk(work)
+
+    folder = _write(Path(folder), spec, parts := _shards(rows.to_list(), shard_rows, build))
+    return concatenate_datasets([load_from_disk(store.check_files(folder / name)) for name in parts])
+
+
+def _shards(rows: list[dict], size: int, build: Callable) -> dict[str, Callable[[Path], None]]:
+    return {f"shard-{i:05d}": partial(build, rows=rows[start:start + size], number=i) for i, start in enumerate(range(0, len(rows), size))}
+
+
+def _write(folder: Path, spec: dict, parts: dict[str, Callable[[Path], None]]) -> Path:
+    """Fill ``folder``, which is of ``spec`` or new, with those ``parts`` that are not whole in it yet."""
     folder.mkdir(parents=True, exist_ok=True)
     with store.lock(folder, "write"):
         if not (folder / "spec.json").exists():
             store.write_atomic(folder / "spec.json", json.dumps(spec, indent=1))
         if differs := [n for n, v in _read_spec(folder).items() if spec.get(n) != v]:
             raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")
-        if form == "hidden":
-            parts = {n: v.detach().cpu().contiguous() for n in ("weight", "bias") if (v := getattr(head, n)) is not None}
-            store.fill(folder / "head", lambda work: save_file(parts, work / "head.safetensors"))
-        shards = [rows[start:start + shard_rows] for start in range(0, len(rows), shard_rows)]
-        for number, part in enumerate(shards):
-            store.fill(folder / f"shard-{number:05d}", lambda work: _write_shard(work, model, tokenizer, part, spec, number, batch_size))
-        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(shards)}))
+        for name, build in parts.items():
+            store.fill(folder / name, build)
+        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(parts.keys() - {"head"})}))
     return folder
 
 
@@ -120,7 +153,7 @@ def _read_spec(folder: Path) -> dict:
         raise ValueError(f"The cache in {folder} has no readable spec.json; give a new folder and write it anew.") from error
 
 
-def _write_shard(work: Path, model, tokenizer, rows, spec: dict, number: int, batch_size: int) -> None:
+def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows: list[dict], number: int) -> None:
     generator = torch.Generator().manual_seed(spec.get("seed", 0) * 1_000_003 + number)
     collate, out = Collator(tokenizer.pad_token_id), [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))

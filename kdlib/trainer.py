@@ -8,7 +8,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from kdlib import inference
-from kdlib.data import IGNORE, Collator
+from kdlib.data import IGNORE, Collator, stretches
 from kdlib.losses import Head, Objective, distillation_loss, linear_distillation_loss
 from kdlib.teachers import Live
 
@@ -55,10 +55,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("On-policy distillation needs one conversation a row; allowed: a collator that does not pack.")
         model, tokenizer, prompts = self.accelerator.unwrap_model(self.model), self.processing_class, []
         for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
-            last = max((i for i, t in enumerate(labels) if t != IGNORE), default=0)
-            while last and labels[last - 1] != IGNORE:
-                last -= 1
-            prompts.append(ids[:last])
+            prompts.append(ids[:next((start for start, _ in reversed(stretches(labels)) if labels[start] != IGNORE), 0)])
         model.eval()
         answers = inference.generate(model, prompts, max_new_tokens=self.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
                                      eos_token_id=tokenizer.eos_token_id, temperature=1.0)

@@ -37,7 +37,8 @@ def test_an_unknown_name_is_refused_with_the_ladder(tokenizer):
 
 
 def test_saved_and_loaded_is_the_same_model_and_tokenizer(tokenizer, student, tmp_path):
-    models.save(student, tokenizer, tmp_path)
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file() and not list(tmp_path.glob("*.bin"))
     model, loaded = models.load(tmp_path)
     assert same(weights(student), weights(model)) and not model.training

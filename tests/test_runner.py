@@ -3,7 +3,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -61,6 +63,56 @@ def test_a_worker_that_dies_is_reported(tmp_path):
     with pytest.raises(RuntimeError, match="A worker process died .*finished runs are kept, so run again"):
         runner.compute([task(tmp_path, "a"), runner.Task("die", _die, (), ("a",), 1.0)], workers=1)
     assert (tmp_path / "a").exists()
+
+
+def _die_once(folder: str) -> None:
+    if not (Path(folder) / "died").exists():
+        (Path(folder) / "died").touch()
+        _die()
+    _note(folder, "survived")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray of two workers on this machine, who can import what these tests define."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_does_a_task_again_whose_worker_was_killed(cluster, tmp_path):
+    tasks = [task(tmp_path, "a"), task(tmp_path, "b"), runner.Task("die", _die_once, (str(tmp_path),), ("a",), 1.0),
+             task(tmp_path, "c", ("survived",))._replace(needs=("die",))]
+    runner.compute(tasks, executor="ray")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "died", "survived"}
+    assert not cluster.is_initialized()
+
+
+def test_a_study_on_ray_with_a_worker_killed_has_the_same_numbers(cluster, tiny_records, tmp_path):
+    root, killed = tmp_path / "ray", []
+
+    def kill():
+        while not killed:
+            for process in psutil.process_iter(["cmdline"]):
+                line = " ".join(process.info["cmdline"] or ())
+                if "ray::" in line and "IDLE" not in line and list(root.glob("tiny/runs/*.json")):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=kill, daemon=True)
+    watcher.start()
+    assert numbers(study.run(replace(plan(root), executor="ray"))) == numbers(tiny_records)
+    assert killed
+
+
+def test_without_ray_its_install_line_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"executor='ray' needs Ray, which is not installed; pip install 'kdlib\[cluster\]'"):
+        runner.compute([], executor="ray")
 
 
 def start(root):

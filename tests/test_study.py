@@ -240,7 +240,8 @@ def test_human_text_takes_the_same_path(tmp_path, monkeypatch):
 def test_the_real_text_is_rendered_without_cutting_an_answer(tmp_path):
     preset = PRESETS["realtext"]
     config = study.grid(preset, METHODS, [100], [0], 0)[0]
-    bundle, tokenizer = stages.data_and_tokenizer(store.open_folder(tmp_path / "r"), config["data"])
+    bundle = stages.read_data(store.open_folder(tmp_path / "r"), config["data"])
+    tokenizer = bundle.tokenizer
     assert len(bundle.train) == preset.train_rows and len(tokenizer) == preset.vocab_size
     held = {tuple(r["input_ids"]) for split in bundle.held.values() for r in split}
     assert not held & {tuple(r["input_ids"]) for r in bundle.train}

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlib import data, inference, models, teachers
+from kdlib import data, evaluate, inference, lab, models, teachers
 from kdlib.losses import Hidden, Objective, distillation_loss
-from kdlib.teachers import EXACT, Cached, Live, write_cache
+from kdlib.teachers import EXACT, Cached, Live, write_answers, write_cache
 
 KD = Objective(alpha=1.0)
 
@@ -86,12 +86,12 @@ def test_a_killed_writer_goes_on_and_the_cache_is_the_same(student, teacher, tok
     whole = cache(tmp_path / "whole", teacher, tokenizer, examples, form="sampled", k=8)
     written, real = [], teachers._write_shard
 
-    def fail_at_the_third(work, *rest):
-        written.append(rest[-2])
-        if rest[-2] == 2 and len(written) == 3:
+    def fail_at_the_third(work, **rest):
+        written.append(rest["number"])
+        if rest["number"] == 2 and len(written) == 3:
             (work / "half").write_text("x")
             raise KeyboardInterrupt
-        real(work, *rest)
+        real(work, **rest)
 
     monkeypatch.setattr(teachers, "_write_shard", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -156,3 +156,47 @@ def test_bad_settings_are_named(teacher, tokenizer, examples, tmp_path, how, mes
 def test_examples_that_share_an_id_are_refused(teacher, tokenizer, examples, tmp_path):
     with pytest.raises(ValueError, match="some share one"):
         write_cache(tmp_path / "c", teacher, tokenizer, [examples[0], examples[0]])
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Conversations with annotators' answers."""
+    return lab.World(3).mixture("train", "seen", 48)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_teachers_answers_stand_in_the_place_of_the_annotators(teacher, tokenizer, asked, tmp_path, temperature):
+    how = {"max_new_tokens": 8, "temperature": temperature, "shard_rows": 20}
+    answered = write_answers(tmp_path / "a", teacher, tokenizer, asked, **how)
+    assert [m[:-1] for m in answered["messages"]] == [m[:-1] for m in asked["messages"]]
+    assert answered["id"] == asked["id"] and answered["answer"] == asked["answer"]
+    assert answered["messages"] == write_answers(tmp_path / "b", teacher, tokenizer, asked, **how)["messages"], "one seed, one text"
+    said = [m[-1]["content"] for m in answered["messages"]]
+    if temperature:
+        other = write_answers(tmp_path / "c", teacher, tokenizer, asked, **how, seed=1)
+        assert said != [m[-1]["content"] for m in other["messages"]]
+    else:
+        assert said == evaluate.replies(teacher, tokenizer, [m[:-1] for m in asked["messages"]], 8)
+    assert len(data.render(answered, tokenizer, 64)[0]) == len(asked), "the path that annotators' rows take"
+
+
+def test_answers_are_kept_by_shards_and_not_mixed(student, teacher, tokenizer, asked, tmp_path, monkeypatch):
+    real, calls = teachers.replies, []
+
+    def fail_at_the_third(*given):
+        calls.append(len(given[2]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(teachers, "replies", fail_at_the_third)
+    how = {"max_new_tokens": 8, "temperature": 1.0, "shard_rows": 20}
+    with pytest.raises(KeyboardInterrupt):
+        write_answers(tmp_path / "cut", teacher, tokenizer, asked, **how)
+    again = write_answers(tmp_path / "cut", teacher, tokenizer, asked, **how)
+    assert calls == [20, 20, 8, 8]
+    assert again["messages"] == write_answers(tmp_path / "whole", teacher, tokenizer, asked, **how)["messages"]
+    with pytest.raises(ValueError, match="was made with another teacher; give a folder of its own"):
+        write_answers(tmp_path / "cut", student, tokenizer, asked, **how)
+    with pytest.raises(ValueError, match="was made with another temperature"):
+        write_answers(tmp_path / "cut", teacher, tokenizer, asked, **{**how, "temperature": 0.0})

@@ -236,16 +236,48 @@ def test_packed_batches_and_on_policy_answers_do_not_mix(student, teacher, rows,
         learner.own_answers(data.Collator(0, pack=True)([rows[i] for i in range(16)]))
 
 
-def test_two_processes_train_as_one(rows, tmp_path):
-    """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
+def by_torchrun(mode, folder):
+    """What ``two_processes.py`` wrote in one process, and in two."""
     script = Path(__file__).with_name("two_processes.py")
     for processes in (1, 2):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
-                               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(tmp_path / str(processes))],
+                               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), mode, str(folder / str(processes))],
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two, start = (load_file(tmp_path / name) for name in ("1", "2", "1.start"))
-    assert distance(one, start) > 1e-3 and distance(one, two) < 1e-6
+    return [load_file(folder / name) for name in ("1", "2")]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
+    one, two = by_torchrun("trained", tmp_path)
+    assert distance(one, load_file(tmp_path / "1.start")) > 1e-3 and distance(one, two) < 1e-6
+
+
+def test_a_student_in_shards_has_the_gradient_of_a_whole_one(tmp_path):
+    one, two = by_torchrun("sharded", tmp_path)
+    assert one.keys() == two.keys() and max(g.abs().max() for g in one.values()) > 1e-2 and distance(one, two) < 1e-6
+
+
+def test_half_precision_trains_close_to_full(student, teacher, rows, tmp_path, tokenizer):
+    how = {"teacher": teacher, "alpha": 0.5, "optim": "sgd", "learning_rate": 0.1, "use_cpu": True}
+    exact, half = (fit(student, rows, tmp_path, tokenizer, **how, bf16=bf16) for bf16 in (False, True))
+    assert all(v.dtype == torch.float32 for v in half.values())
+    assert 0 < distance(exact, half) < 0.05 * distance(exact, weights(student))
+
+
+def test_low_rank_adapters_learn_and_nothing_else_does(student, teacher, rows, tmp_path, tokenizer):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(copy.deepcopy(student), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    learner = made(adapted, rows, tmp_path, tokenizer, teacher=Live(teacher), max_steps=4, learning_rate=1e-2)
+    assert learner.linear is not None, "the fast path"
+    before = weights(learner.model)
+    learner.train()
+    moved = {k for k, v in weights(learner.model).items() if not torch.equal(v, before[k])}
+    assert moved and all("lora_" in k for k in moved)
+    batch = batch_of(rows)
+    mask, _ = response_rows(batch["labels"])
+    whole = learner.model.merge_and_unload()
+    torch.testing.assert_close(response_logits(whole, batch, mask), full_logits(whole, batch)[mask], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,4 +1,7 @@
-"""Three steps of distillation, to be launched by torchrun: ``two_processes.py FILE`` writes the weights from rank 0."""
+"""Distillation in processes that torchrun starts: ``two_processes.py trained|sharded FILE``.
+
+``trained`` writes the weights after three steps, ``sharded`` the gradient of one batch with a student in FSDP2 shards.
+"""
 
 import os
 import sys
@@ -6,6 +9,7 @@ import tempfile
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
 from kdlib import data, lab, models
@@ -14,25 +18,35 @@ from kdlib.teachers import Live
 from kdlib.trainer import DistillationTrainer
 
 torch.set_num_threads(1)
+mode, file = sys.argv[1:]
 tokenizer = models.build_tokenizer(lab.vocabulary())
 rows = data.render(lab.World(3).mixture("train", "seen", 48), tokenizer, 64)[0].to_list()
 rows.sort(key=lambda r: len(r["labels"]))  # answers of one process are longer than those of the other
 student, teacher = models.build_model("nano", tokenizer, seed=1), models.build_model("micro", tokenizer, seed=2)
 
 
-def weights():
-    return {k: v.clone().contiguous() for k, v in student.state_dict().items() if k != "lm_head.weight"}
+def save(tensors, name=file):
+    whole = {k: getattr(v, "full_tensor", lambda v=v: v)().clone() for k, v in tensors if k != "lm_head.weight"}
+    if args.process_index == 0:
+        save_file(whole, name)
 
 
 with tempfile.TemporaryDirectory() as folder:
-    processes = int(os.environ["WORLD_SIZE"])
+    size = 8 // int(os.environ["WORLD_SIZE"])
     args = TrainingArguments(folder, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=3, optim="sgd",
-                             learning_rate=0.1, max_grad_norm=0.0, per_device_train_batch_size=8 // processes,
+                             learning_rate=0.1, max_grad_norm=0.0, per_device_train_batch_size=size,
                              gradient_accumulation_steps=2, train_sampling_strategy="sequential", remove_unused_columns=False)
     trainer = DistillationTrainer(model=student, args=args, processing_class=tokenizer, data_collator=data.Collator(0),
                                   train_dataset=rows, teacher=Live(teacher), objective=Objective(0.7))
-    if args.process_index == 0:
-        save_file(weights(), sys.argv[1] + ".start")
-    trainer.train()
-    if args.process_index == 0:
-        save_file(weights(), sys.argv[1])
+    if mode == "trained":
+        save(student.state_dict().items(), file + ".start")
+        trainer.train()
+        save(student.state_dict().items())
+    else:
+        if size < 8:
+            for part in (*student.model.layers, student):
+                fully_shard(part)
+        count = torch.tensor(sum(t != data.IGNORE for r in rows[:8] for t in r["labels"]))
+        mine = rows[args.process_index * size:][:size]
+        trainer.compute_loss(student, data.Collator(0)(mine), num_items_in_batch=count).backward()
+        save((k, p.grad) for k, p in student.named_parameters())
