@@ -1,24 +1,31 @@
-"""Benchmarks of the engine: ``python tests/bench/run.py [ROUNDS]`` writes a record under ``results/bench``.
+"""Benchmarks of the engine: ``python tests/bench/run.py [ROUNDS]`` writes records under ``results/bench``, by device.
 
-Every engine runs in a process of its own, in rounds that alternate, so that a busy machine hurts all alike; ratios are taken
+What is compared runs in processes of its own, in rounds that alternate, so that a busy machine hurts all alike; ratios are taken
 within a round. Needs ``trl`` for the comparison with its GKD trainer and goes on without.
 """
 
-import importlib.metadata
 import importlib.util
 import json
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from cache import FORMS
 
 from kdlib import results, store
 
 HERE = Path(__file__).parent
-ENGINES = ("trl", "live", "hidden", "top64", "sft")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} cpu"
+ENGINES = [e for e in ("trl", "live", "hidden", "top64", "sft") if e != "trl" or importlib.util.find_spec("trl")]
+LOSSES = [(8192, 128256, 1.0), (8192, 128256, 0.25), (4096, 128256, 0.25), (8192, 32000, 0.25)] if CUDA else [
+    (1024, 32000, 1.0), (1024, 32000, 0.25), (2048, 32000, 0.25), (2048, 8000, 0.25)]
 
 
 def process(script: str, *arguments) -> dict:
@@ -26,44 +33,90 @@ def process(script: str, *arguments) -> dict:
     done = subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(map(str, arguments))} failed:\n{done.stderr[-2000:]}")
+    print(done.stdout.strip().splitlines()[-1], flush=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def spread(values: list[float]) -> dict:
+def alternating(script: str, names, rounds: int, *arguments) -> dict[str, list[dict]]:
+    """What ``script NAME *arguments`` found in each round, by name; every round starts with another one."""
+    found = {name: [] for name in names}
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            found[name].append(process(script, name, *arguments))
+    return found
+
+
+def spread(values) -> dict:
     """Median, least and largest."""
+    values = list(values)
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def steps(size: str, rounds: int) -> dict:
-    """Step time and memory of every engine at a size, and how many times faster and leaner than TRL, and slower than SFT."""
-    engines = [e for e in ENGINES if e != "trl" or importlib.util.find_spec("trl")]
-    found = {e: [] for e in engines}
-    for number in range(rounds):
-        for engine in engines[number % len(engines):] + engines[:number % len(engines)]:
-            found[engine].append(process("step.py", engine, size))
-            print(size, engine, found[engine][-1], flush=True)
-    out = {e: {k: spread([r[k] for r in runs]) for k in ("step_s", "memory_mib")} for e, runs in found.items()}
-    for engine in engines:
-        for other, name in (("trl", "faster_than_trl"), ("sft", "slower_than_sft")):
-            if other in found and engine not in (other, "trl" if other == "sft" else ""):
-                pairs = zip(found[other], found[engine])
-                ratios = [a["step_s"] / b["step_s"] if other == "trl" else b["step_s"] / a["step_s"] for a, b in pairs]
-                out[engine][name] = spread(ratios)
-        if "trl" in found and engine != "trl":
-            out[engine]["memory_of_trl"] = spread([b["memory_mib"] / a["memory_mib"] for a, b in zip(found["trl"], found[engine])])
+def ratio(above: list[dict], below: list[dict], key: str) -> dict:
+    """The spread of a quotient that is taken round by round."""
+    return spread(a[key] / b[key] for a, b in zip(above, below))
+
+
+def matmul_rate() -> float:
+    """Floating-point operations a second of a large square product, in the precision and on the threads of the benchmarks."""
+    torch.set_num_threads(2)
+    n, place = (8192, {"device": "cuda", "dtype": torch.bfloat16}) if CUDA else (2048, {})
+    a, times = torch.randn(n, n, **place), []
+    for _ in range(12):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / statistics.median(times[2:])
+
+
+def steps(rounds: int) -> dict:
+    """Step time and memory of every engine at every size, against TRL and against SFT, and the share of the matmul rate."""
+    out = {}
+    for size in ("lab", "mid", "large") if CUDA else ("lab", "mid"):
+        rate, found = matmul_rate(), alternating("step.py", ENGINES, rounds, size)
+        for engine, runs in found.items():
+            flop = process("step.py", engine, size, "count")["flop"]
+            row = {k: spread(r[k] for r in runs) for k in ("step_s", "memory_mib")}
+            row |= {"flop_per_step": flop, "share_of_matmul_rate": spread(flop / r["step_s"] / rate for r in runs)}
+            if "trl" in found and engine != "trl":
+                row |= {"faster_than_trl": ratio(found["trl"], runs, "step_s"), "memory_of_trl": ratio(runs, found["trl"], "memory_mib")}
+            if engine not in ("sft", "trl"):
+                row["step_of_sft"] = ratio(runs, found["sft"], "step_s")
+            out[f"{size}, {engine}"] = row
+        out[f"{size}, matmul flop per s"] = rate
     return out
 
 
+def losses(rounds: int) -> dict:
+    """Peak memory and time of the chunked loss against the naive form, over tokens, vocabulary and share of the response."""
+    out = {}
+    for tokens, vocabulary, share in LOSSES:
+        found = alternating("loss.py", ("naive", "chunked"), rounds, tokens, vocabulary, share)
+        row = {f"{form}_{k}": spread(r[k] for r in runs) for form, runs in found.items() for k in ("peak_mib", "seconds")}
+        row |= {f"naive_over_chunked_{k}": ratio(found["naive"], found["chunked"], k) for k in ("peak_mib", "seconds")}
+        row["relative_difference_of_loss"] = abs(found["chunked"][0]["loss"] / found["naive"][0]["loss"] - 1)
+        out[f"{tokens} tokens, vocabulary {vocabulary}, share {share}"] = row
+    return out
+
+
+def caches(rounds: int) -> dict:
+    """Size, rates and error of every form of cache, on the smoke preset's trained models."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = alternating("cache.py", list(FORMS), rounds, folder)
+    return {form: {k: spread(r[k] for r in runs) if k.endswith("_per_s") else runs[0][k] for k in runs[0] if k != "form"}
+            for form, runs in found.items()}
+
+
 def main(rounds: int = 5) -> None:
-    """Run everything and write the record under the device's name."""
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()}-cpu"
-    packages = {p: importlib.metadata.version(p) for p in ("torch", "transformers", *(["trl"] if importlib.util.find_spec("trl") else []))}
-    record = {"device": device, "threads": 2, "packages": packages, "environment": results.environment(),
-              "steps": {size: steps(size, rounds) for size in (("lab", "mid", "large") if cuda else ("lab", "mid"))}}
-    path = results.REPOSITORY / "results" / "bench" / f"{device.replace(' ', '-').lower()}.json"
-    store.write_atomic(path, json.dumps(record, indent=1) + "\n")
-    print(f"written: {path.relative_to(results.REPOSITORY)}")
+    """Run everything; each benchmark writes its record as it ends."""
+    packages = {p: version(p) for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
+    for name, bench in (("steps", steps), ("loss", losses), ("cache", caches)):
+        record = {"benchmark": name, "about": bench.__doc__, "device": DEVICE, "threads": 2, "packages": packages,
+                  "environment": results.environment(), "found": bench(rounds)}
+        path = results.REPOSITORY / "results" / "bench" / f"{DEVICE.replace(' ', '-').lower()}-{name}.json"
+        store.write_atomic(path, json.dumps(record, indent=1) + "\n")
+        print(f"written: {path.relative_to(results.REPOSITORY)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""One process, one engine: ``python tests/bench/step.py ENGINE SIZE [STEPS]`` prints a JSON line with time and memory of a step.
+"""One process, one engine: ``python tests/bench/step.py ENGINE SIZE [count]`` prints a JSON line with time and memory of a step.
 
-ENGINE is trl (its GKD trainer, off-policy), live, hidden (an exact cache), top64 (a cache of 64 tokens) or sft. Every engine gets the same
-models, conversations and batches, in float32 on two threads, or in bfloat16 where there is a GPU.
+ENGINE is trl (its GKD trainer, off-policy), live, hidden (an exact cache), top64 (a cache of 64 tokens) or sft. Every engine
+gets the same models, conversations and batches, in float32 on two threads, or in bfloat16 where there is a GPU. With ``count``
+the floating-point operations of a step are counted instead, in three steps.
 """
 
 import json
@@ -53,14 +54,15 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main(engine: str, name: str, steps: int | None = None) -> dict:
+def main(engine: str, name: str, count: str = "") -> dict:
+    from torch.utils.flop_counter import FlopCounterMode
     from transformers import TrainerCallback
 
     from kdlib import data, losses, models, teachers, trainer
 
     torch.set_num_threads(2)
     size = SIZES[name]
-    steps = steps or size["steps"]
+    steps = 3 if count else size["steps"]
     tokenizer = models.build_tokenizer([f"w{i}" for i in range(size["vocabulary"])])
     messages = conversations(size, steps)
     if engine == "trl":
@@ -99,10 +101,14 @@ def main(engine: str, name: str, steps: int | None = None) -> dict:
                 data_collator=data.Collator(tokenizer.pad_token_id, pack=True), processing_class=tokenizer, teacher=source,
                 objective=losses.Objective(alpha=0.0 if engine == "sft" else 1.0))
         made.add_callback(Clock)
+        if count:
+            with FlopCounterMode(display=False) as counter:
+                made.train()
+            return {"engine": engine, "size": name, "flop": counter.get_total_flops() / steps}
         loss = made.train().training_loss
     times = sorted(b - a for a, b in zip(marks[2:], marks[3:]))
     return {"engine": engine, "size": name, "step_s": times[len(times) // 2], "memory_mib": memory() - baseline, "loss": loss}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:3], *map(int, sys.argv[3:]))))
+    print(json.dumps(main(*sys.argv[1:])))
