@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 LADDER = {name: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape)) for name, shape in {
     "nano": (64, 2, 4), "micro": (96, 3, 4), "student": (64, 2, 4), "teacher": (128, 4, 4),
-    "text-student": (128, 4, 4), "text-teacher": (192, 5, 6)}.items()}
+    "text-student": (96, 4, 3), "text-teacher": (160, 5, 5)}.items()}
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unk|>"}
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"

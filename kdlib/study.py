@@ -11,7 +11,7 @@ from pathlib import Path
 from kdlib import results, runner, store
 from kdlib.presets import KINDS, METHODS, PRESETS, Preset
 
-SPEC_VERSION = {"lab": 3, "text": 2}  # raised whenever a change of the code changes what a configuration computes
+SPEC_VERSION = {"lab": 3, "text": 3}  # raised whenever a change of the code changes what a configuration computes
 PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers",
               "executor")
 
