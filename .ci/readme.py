@@ -1,19 +1,47 @@
-"""Write the README's claims table anew from the committed claims: ``python .ci/readme.py``."""
+"""Write the README's tables anew from what is committed under results: ``python .ci/readme.py``."""
 
+import json
 from pathlib import Path
 
 from kdlib import results, store
 
-START, END = "<!-- claims:start -->", "<!-- claims:end -->"
+NAMES = {"trl": "TRL's GKD trainer", "live": "kdlib, live teacher", "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64",
+         "sft": "kdlib, SFT"}
+
+
+def markdown(head, rows) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def claims(root: Path) -> str:
+    """The verdicts on all claims."""
+    table = results.claims_table([p.parent for p in sorted(root.glob("*/claims.json"))])
+    return markdown(table.columns, table.values)
+
+
+def engine(root: Path) -> str:
+    """Time and memory of a training step, one row an engine, device and size."""
+    rows = []
+    for path in sorted(root.glob("bench/*-steps.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, row in record["found"].items():
+            size, kind = name.split(", ")
+            if kind in NAMES:
+                ratios = [f"{row[k]['median']:.2f}×" if k in row else "" for k in ("faster_than_trl", "memory_of_trl", "step_of_sft")]
+                rows.append([record["device"], size, NAMES[kind], f"{1000 * row['step_s']['median']:.0f} ms", *ratios])
+    return markdown(["device", "size", "engine", "a step", "faster than TRL", "memory of TRL's", "time of an SFT step"], rows)
 
 
 def generated(text: str, root: Path) -> str:
     """The README's text with what stands between its markers made anew."""
-    head, rest = text.split(START)
-    _, tail = rest.split(END)
-    table = results.claims_table([p.parent for p in sorted(root.glob("*/claims.json"))])
-    rows = [table.columns, ["---"] * len(table.columns), *table.values]
-    return "\n".join([head + START, *(f"| {' | '.join(row)} |" for row in rows), END + tail])
+    for name, make in (("claims", claims), ("engine", engine)):
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if start in text:
+            head, rest = text.split(start)
+            _, tail = rest.split(end)
+            text = f"{head}{start}\n{make(root)}\n{end}{tail}"
+    return text
 
 
 if __name__ == "__main__":
