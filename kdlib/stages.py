@@ -100,11 +100,11 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
             if len(rendered) < spec["train_rows"]:
                 raise ValueError(f"train_rows={spec['train_rows']} is above the data; allowed: up to {len(rendered)} rows.")
             rendered = rendered.select(range(spec["train_rows"]))
-        rendered.save_to_disk(folder / split)
-        if "clean" in rows.column_names and split != "train":
+        elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
             clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"])
             clean.save_to_disk(folder / f"{split}-clean")
+        rendered.save_to_disk(folder / split)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
@@ -134,10 +134,8 @@ def _build_teacher(root: Path, spec: dict, folder: Path) -> None:
     model, tokenizer = models.load(make(root, "base", {k: spec[k] for k in ("data", "pretrain")}), models.device())
     bundle = read_data(root, spec["data"])
     _train(model, bundle.train, tokenizer, {**spec["tuning"], "seed": 0}, folder)
-    own = {}
-    for split, rows in bundle.held.items():
-        metrics, _ = evaluate.evaluate(model, tokenizer, rows, verify=bundle.verify)
-        own[split] = {k: metrics[k] for k in ("accuracy", "accuracy_unseen", "bits_per_byte", "nll", "ece")}
+    found = {split: evaluate.evaluate(model, tokenizer, rows, verify=bundle.verify)[0] for split, rows in bundle.held.items()}
+    own = {split: {k: m[k] for k in ("accuracy", "accuracy_unseen", "bits_per_byte", "nll", "ece")} for split, m in found.items()}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
 
