@@ -46,8 +46,7 @@ def marked_text(ids: list[int], labels: list[int], tokenizer) -> str:
 
 def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]] | None:
     """Fit a row into ``max_length`` tokens by cutting the middle of its longest prompt stretch; None if that is not enough."""
-    excess = len(ids) - max_length
-    if excess <= 0:
+    if (excess := len(ids) - max_length) <= 0:
         return ids, labels
     prompts = [s for s in stretches(labels) if labels[s[0]] == IGNORE]
     start, end = max(prompts, key=lambda s: s[1] - s[0], default=(0, 0))
@@ -64,8 +63,7 @@ def render(dataset: Dataset, tokenizer, max_length: int) -> tuple[Dataset, dict]
                                       "response_tokens"), 0) | {"rows": len(dataset)}
     for i, messages in enumerate(dataset["messages"]):
         full, labels = encode(messages, tokenizer)
-        fitted = shorten_prompt(full, labels, max_length)
-        if fitted is None:
+        if (fitted := shorten_prompt(full, labels, max_length)) is None:
             report["rows_dropped"] += 1
             continue
         response = sum(t != IGNORE for t in fitted[1])
@@ -125,15 +123,10 @@ def example_key(identifier: str) -> int:
 
 def bins(lengths: list[int], width: int) -> list[list[int]]:
     """Indices of ``lengths`` in bins of at most ``width``: longest first, each into the first bin with room."""
-    room, out = [], []
+    out = [[] for _ in lengths]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((j for j, r in enumerate(room) if r >= lengths[i]), len(room))
-        if place == len(room):
-            room.append(width)
-            out.append([])
-        room[place] -= lengths[i]
-        out[place].append(i)
-    return out
+        next(place for place in out if not place or sum(lengths[j] for j in place) + lengths[i] <= width).append(i)
+    return [place for place in out if place]
 
 
 @dataclass

@@ -83,8 +83,7 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     if verify:
         items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
-            pairs = [(c, k) for c, s, k in zip(items["correct"], rows["suite"], rows["skill"]) if s == suite]
-            if pairs:
+            if pairs := [(c, k) for c, s, k in zip(items["correct"], rows["suite"], rows["skill"]) if s == suite]:
                 metrics[name], metrics[f"{name}_by_skill"] = macro(*map(list, zip(*pairs)))
     scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id, teacher)
     nll = torch.zeros(len(rows)).index_add_(0, scores["row"].long(), scores["nll"]).tolist()

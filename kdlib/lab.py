@@ -68,15 +68,13 @@ class World:
         land = self.land[town]
         return Question(p, {"p": p, "town": town}, land, rng.choice([x for x in LANDS if x != land]))
 
-    def _add(self, rng):
+    def _sum(self, rng, sign):
         a = rng.randint(0, LARGEST)
-        b = rng.randint(0, LARGEST - a)
-        return self._number(rng, f"{a} {b}", {"a": a, "b": b}, a + b)
+        b = rng.randint(0, LARGEST - a if sign > 0 else a)
+        return self._number(rng, f"{a} {b}", {"a": a, "b": b}, a + sign * b)
 
-    def _subtract(self, rng):
-        a = rng.randint(0, LARGEST)
-        b = rng.randint(0, a)
-        return self._number(rng, f"{a} {b}", {"a": a, "b": b}, a - b)
+    _add = partialmethod(_sum, sign=1)
+    _subtract = partialmethod(_sum, sign=-1)
 
     def _number(self, rng, key, slots, value):
         near = [v for v in range(max(0, value - 3), min(LARGEST, value + 3) + 1) if v != value]

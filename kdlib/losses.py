@@ -219,8 +219,7 @@ class _Chunked(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias[:0]).dtype) if ctx.needs_input_grad[2] else None
         small = grad_weight is not None and grad_weight.dtype != hidden.dtype
         part = torch.empty_like(weight, dtype=hidden.dtype) if small else None
-        near = weight.to(hidden.dtype)
-        head = head._replace(weight=near)
+        head = head._replace(weight=weight.to(hidden.dtype))
         total = _wide(hidden[:0]).new_zeros(())
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -241,7 +240,7 @@ class _Chunked(torch.autograd.Function):
             del loss, linear
             if grad_bias is not None:
                 grad_bias += slope.sum(0, dtype=grad_bias.dtype)
-            torch.mm(slope, near, out=grad_hidden[rows])
+            torch.mm(slope, head.weight, out=grad_hidden[rows])
             if small:
                 grad_weight += torch.mm(slope.T, hidden[rows], out=part)
             elif grad_weight is not None:

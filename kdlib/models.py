@@ -1,6 +1,5 @@
 """From-scratch Llamas by name, their tokenizers (with a chat template that marks the assistant's tokens), and loading."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,12 +53,11 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
                              "so that it can be seen whether the extra columns are padding.")
         return None
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    odd = sorted((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=lambda t: (min(ours.get(t, math.inf), theirs.get(t, math.inf)), t))
-    if odd:
+    ids = theirs | ours
+    if odd := sorted((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: (ids[t], t)):
         some = ", ".join(f"{t!r} ({ours.get(t)} and {theirs.get(t)})" for t in odd[:3])
         raise ValueError(f"Student and teacher need the same token ids, but {len(odd)} tokens differ, among them {some}.")
-    size = max(ours.values()) + 1
-    if size > min(student_width, teacher_width):
+    if (size := max(ours.values()) + 1) > min(student_width, teacher_width):
         raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's "
                          f"{teacher_width}.")
     return size

@@ -73,10 +73,7 @@ class Preset:
         return self.source["kind"] != "text"
 
     def rate(self, method: str, budget: int) -> float:
-        """The peak learning rate of ``method`` at ``budget``: the sweep's choices, interpolated where it did not look.
-
-        Linear in the logarithms of both, constant beyond the ends, to three significant digits.
-        """
+        """The rate for ``method`` at ``budget``: the sweep's choices, log-log linear between, constant beyond, to three digits."""
         points = sorted(self.learning_rate[method].items())
         low = max((p for p in points if p[0] <= budget), default=points[0])
         high = min((p for p in points if p[0] >= budget), default=points[-1])

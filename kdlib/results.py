@@ -32,8 +32,7 @@ def record_path(root: Path, preset: str, identifier: str) -> Path:
 
 def write_record(root: Path, record: dict) -> None:
     """Seal ``record`` with its checksum and write it atomically, one top-level key a line; never over an existing one."""
-    path = record_path(root, record["preset"], record["run_id"])
-    if path.exists():
+    if (path := record_path(root, record["preset"], record["run_id"])).exists():
         return
     for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
         leftover.unlink()
@@ -50,8 +49,7 @@ def read_record(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"Run record {path} is not a file of whole JSON (truncated?); {remedy}") from error
-    missing = [f for f in FIELDS if not isinstance(record, dict) or f not in record]
-    if missing:
+    if missing := [f for f in FIELDS if not isinstance(record, dict) or f not in record]:
         raise ValueError(f"Run record {path} lacks {', '.join(missing)}; {remedy}")
     try:
         seal = store.digest({k: v for k, v in record.items() if k != "checksum"}, 64)

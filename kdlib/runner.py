@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -74,10 +73,8 @@ class Processes(ProcessPoolExecutor):
 
 def _start_worker() -> None:
     """An end of its own when the parent is killed."""
-    parent = multiprocessing.parent_process()
-
     def follow():
-        wait_for([parent.sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

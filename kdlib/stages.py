@@ -1,17 +1,21 @@
-"""The artefacts that runs share: rendered data with its tokenizer, pre-trained base models, tuned teachers."""
+"""The artefacts that runs share (rendered data with its tokenizer, base models, tuned teachers), and what one run does."""
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
 
+import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from kdlib import data, evaluate, lab, models, store, teachers, text, trainer
+from kdlib import data, evaluate, lab, models, results, store, teachers, text, trainer
+from kdlib.losses import Objective
+from kdlib.runner import Task
 
 disable_progress_bars()  # writing an artefact is a matter of milliseconds, and notebooks store what is printed
 logging.disable_progress_bar()
@@ -70,11 +74,11 @@ def cost(kind: str, spec: dict) -> float:
     return step * (spec["steps"] * spec["batch_size"] + 1000) * length
 
 
-def make(root: str, kind: str, spec: dict) -> str:
+def make(root: Path, kind: str, spec: dict) -> Path:
     """Make an artefact unless it is there, and return its folder."""
     builders = {"data": _build_data, "base": _build_base, "teacher": _build_teacher, "targets": _build_targets}
     origin = _source(spec, "origin")() if kind == "data" else None
-    return str(store.artefact(Path(root), kind, spec, lambda folder: builders[kind](Path(root), spec, folder), origin))
+    return store.artefact(root, kind, spec, lambda folder: builders[kind](root, spec, folder), origin)
 
 
 def _source(spec: dict, name: str) -> Callable:
@@ -96,17 +100,17 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
             if len(rendered) < spec["train_rows"]:
                 raise ValueError(f"train_rows={spec['train_rows']} is above the data; allowed: up to {len(rendered)} rows.")
             rendered = rendered.select(range(spec["train_rows"]))
-        rendered.save_to_disk(folder / split)
-        if "clean" in rows.column_names and split != "train":
+        elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
             clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"])
             clean.save_to_disk(folder / f"{split}-clean")
+        rendered.save_to_disk(folder / split)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def read_data(root: Path, spec: dict) -> Bundle:
     """The data of ``spec``, made if missing."""
-    folder = Path(make(str(root), "data", spec))
+    folder = make(root, "data", spec)
     train = load_from_disk(folder / "train")
     rows = [{"id": str(i), **r} for i, r in enumerate(train.select_columns(["input_ids", "labels"]).to_list())]
     clean = {s: load_from_disk(folder / f"{s}-clean").select_columns(["input_ids", "labels"]).to_list()
@@ -120,25 +124,23 @@ def read_data(root: Path, spec: dict) -> Bundle:
 
 def _build_base(root: Path, spec: dict, folder: Path) -> None:
     p = spec["pretrain"]
-    tokenizer = models.load_tokenizer(Path(make(str(root), "data", spec["data"])) / "tokenizer")
+    tokenizer = models.load_tokenizer(make(root, "data", spec["data"]) / "tokenizer")
     texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
     blocks = data.pack(texts, tokenizer, p["block"], p["max_tokens"]).to_list()
     _train(models.build_model(p["model"], tokenizer, p["seed"]), blocks, tokenizer, p, folder)
 
 
 def _build_teacher(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = models.load(make(str(root), "base", {k: spec[k] for k in ("data", "pretrain")}), models.device())
+    model, tokenizer = models.load(make(root, "base", {k: spec[k] for k in ("data", "pretrain")}), models.device())
     bundle = read_data(root, spec["data"])
     _train(model, bundle.train, tokenizer, {**spec["tuning"], "seed": 0}, folder)
-    own = {}
-    for split, rows in bundle.held.items():
-        metrics, _ = evaluate.evaluate(model, tokenizer, rows, verify=bundle.verify)
-        own[split] = {k: metrics[k] for k in ("accuracy", "accuracy_unseen", "bits_per_byte", "nll", "ece")}
+    found = {split: evaluate.evaluate(model, tokenizer, rows, verify=bundle.verify)[0] for split, rows in bundle.held.items()}
+    own = {split: {k: m[k] for k in ("accuracy", "accuracy_unseen", "bits_per_byte", "nll", "ece")} for split, m in found.items()}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = models.load(make(str(root), "teacher", spec["teacher"]), models.device())
+    model, tokenizer = models.load(make(root, "teacher", spec["teacher"]), models.device())
     teachers.write_cache(folder, model, tokenizer, read_data(root, spec["teacher"]["data"]).train, **spec["cache"])
 
 
@@ -156,3 +158,68 @@ def _train(model, rows: list[dict], tokenizer, how: dict, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps({"train_loss": loss}), encoding="utf-8")
+
+
+def tasks(configs: list[dict], root: Path, preset: str, experiment: str) -> list[Task]:
+    """Artefacts and runs as tasks with what each waits for, and a cost in parameter-tokens for the progress estimate."""
+    out = {}
+    for config in configs:
+        needs = []
+        for kind, spec in needed(config):
+            key = f"{kind}-{store.digest(spec)}"
+            out.setdefault(key, Task(key, make, (root, kind, spec), tuple(needs),
+                                     0.0 if path(root, kind, spec).is_dir() else cost(kind, spec)))
+            needs = [n for n in needs if not n.startswith("data")] + [key]
+        key = results.run_id(config)
+        out[key] = Task(key, execute, (root, preset, experiment, config), tuple(needs), cost("run", config))
+    return list(out.values())
+
+
+def execute(root: Path, preset: str, experiment: str, config: dict) -> None:
+    """Do one run, or nothing if its record is there. Safe beside other processes doing the same."""
+    identifier = results.run_id(config)
+    with store.lock(root, identifier):
+        if not results.record_path(root, preset, identifier).exists():
+            record = _train_and_evaluate(root, config)
+            results.write_record(root, {"run_id": identifier, "experiment": experiment, "preset": preset, **record})
+
+
+def hashes(root: Path, config: dict) -> dict:
+    """Content hashes of the artefacts of a run."""
+    base, tuned = model_specs(config)
+    specs = (("data", "data", config["data"]), ("student", "base", base), ("teacher", "teacher", tuned))
+    return {f"{name}_hash": store.content_hash(path(root, kind, spec)) if spec else None for name, kind, spec in specs}
+
+
+@lru_cache(maxsize=2)
+def _loaded(root: Path, spec: str) -> Bundle:
+    """Data shared by the runs of one worker process."""
+    return read_data(root, json.loads(spec))
+
+
+def _train_and_evaluate(root: Path, config: dict) -> dict:
+    wall, cpu = time.perf_counter(), time.process_time()
+    bundle = _loaded(root, json.dumps(config["data"]))
+    base, tuned = model_specs(config)
+    student, tokenizer = models.load(make(root, "base", base), models.device())
+    teacher = models.load(make(root, "teacher", tuned), models.device())[0] if tuned else None
+    targets = teachers.Cached(make(root, "targets", target_spec(tuned))) if tuned else None
+    pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
+    objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
+    rows, loss = fit(student, tokenizer, bundle.train, pool, config, teacher=targets, objective=objective)
+    trained, split = time.perf_counter(), config["split"]
+    metrics, items = evaluate.evaluate(student, tokenizer, bundle.held[split], verify=bundle.verify, clean=bundle.clean.get(split),
+                                       max_new_tokens=config["max_new_tokens"], teacher=teacher)
+    metrics["train_loss"] = loss
+    if tuned:
+        own = json.loads((path(root, "teacher", tuned) / "evaluation.json").read_text(encoding="utf-8"))[split]
+        metrics |= {f"teacher_{name}": value for name, value in own.items()}
+    provenance = {**results.environment(), **hashes(root, config), "device": str(student.device),
+                  "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+                  "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
+                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in rows),
+                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report}
+    return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
+            "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
+            "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config,
+            "provenance": provenance}

@@ -23,8 +23,7 @@ class Interval(NamedTuple):
 
 def paired_interval(differences, level: float = 0.95) -> Interval:
     """The paired-t interval of the mean of ``differences`` (one a seed). Raises ValueError on fewer than two."""
-    d = _rounded(np.asarray(differences, dtype=float))
-    if len(d) < 2:
+    if len(d := _rounded(np.asarray(differences, dtype=float))) < 2:
         raise ValueError(f"An interval needs at least two seeds; {len(d)} given.")
     if np.ptp(d) == 0:
         return Interval(*[float(d[0])] * 3, len(d), float(d[0] == 0))
@@ -57,8 +56,7 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baselin
     if frame.duplicated(["method", *keys]).any():
         raise ValueError("Contrasts need one run per method, budget and seed; some have several.")
     sides = [frame[frame.method == m].set_index(keys).sort_index() for m in (method, baseline)]
-    unpaired = sides[0].index.symmetric_difference(sides[1].index)
-    if len(unpaired):
+    if len(unpaired := sides[0].index.symmetric_difference(sides[1].index)):
         raise ValueError(f"Contrasts need {method} and {baseline} runs of the same seeds; unpaired (budget, seed): "
                          f"{', '.join(map(str, unpaired[:5]))}.")
     gap = (sides[0][metric.name] - sides[1][metric.name]) * (1 if metric.higher_is_better else -1)
@@ -89,11 +87,6 @@ def gap_table(gaps: pd.DataFrame) -> pd.DataFrame:
     return table.assign(p_holm=holm(table.p_holm))  # not adjusted before
 
 
-def low_data_gap(gaps: pd.DataFrame) -> pd.Series:
-    """C1a, one number a seed: the mean gap over the two smallest budgets."""
-    return gaps[gaps.budget.isin(sorted(gaps.budget.unique())[:2])].groupby("seed").gap.mean()
-
-
 def fading(gaps: pd.DataFrame) -> pd.Series:
     """C1b, one number a seed: minus the least-squares slope of the gap on log2(budget); above zero the gap fades."""
     return gaps.groupby("seed")[["budget", "gap"]].apply(lambda g: -np.polyfit(np.log2(g.budget), g.gap, 1)[0])
@@ -102,10 +95,11 @@ def fading(gaps: pd.DataFrame) -> pd.Series:
 def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
     """Claims C1a and C1b of one world, decided by their pre-stated contrasts; numbers to six digits, the same on any machine."""
     gaps = paired_gaps(frame, metric)
-    faded = metric.delta / float(np.log2(gaps.budget.max() / gaps.budget.min()))  # so that over the whole grid, δ matters
-    small = sorted(gaps.budget.unique())[:2]
-    contrasts = [("C1a", f"mean {metric.gap_label} at budgets {small[0]} and {small[1]}", low_data_gap(gaps), metric.delta,
-                  gaps[gaps.budget.isin(small)]),
+    budgets = sorted(gaps.budget.unique())
+    small = gaps[gaps.budget.isin(budgets[:2])]
+    faded = metric.delta / float(np.log2(budgets[-1] / budgets[0]))  # so that over the whole grid, δ matters
+    contrasts = [("C1a", f"mean {metric.gap_label} at budgets {budgets[0]} and {budgets[1]}", small.groupby("seed").gap.mean(),
+                  metric.delta, small),
                  ("C1b", f"fall of the {metric.gap_label} per doubling of the budget", fading(gaps), faded, gaps)]
     claims = []
     for claim, contrast, differences, delta, used in contrasts:

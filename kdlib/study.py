@@ -1,11 +1,8 @@
-"""From parameters to run records: validated plans, run configurations, and what one run does, a pure function of its own."""
+"""From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
-import json
 import math
-import time
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 from kdlib import results, runner, store
@@ -125,10 +122,12 @@ def run(plan: Plan) -> list[dict]:
         raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs are missing, the first of them "
                          f"{results.run_id(missing[0])}; allowed: True, or a folder that holds them.")
     if missing:
-        todo = tasks(missing, plan)
+        from kdlib import stages
+
+        todo = stages.tasks(missing, plan.root, plan.preset.name, plan.experiment)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute([t for t in todo if t.function is not execute], plan.workers, plan.executor)
-            _check_one_origin(found + [{"provenance": _hashes(plan.root, c)} for c in missing], plan)
+            runner.compute([t for t in todo if t.function is not stages.execute], plan.workers, plan.executor)
+            _check_one_origin(found + [{"provenance": stages.hashes(plan.root, c)} for c in missing], plan)
         runner.compute(todo, plan.workers, plan.executor)
     records = results.read_records(plan.root, plan.preset.name, plan.ids)
     if len(records) != len(plan.ids):
@@ -142,81 +141,3 @@ def _check_one_origin(records: list[dict], plan: Plan) -> None:
         if len({r["provenance"].get(f"{part}_hash") for r in records} - {None}) > 1:
             raise ValueError(f"Runs of {plan.root / plan.preset.name / 'runs'} come from more than one copy of the {part} (their "
                              f"{part}_hash differs) and cannot be compared; give a new results_dir, and all of it is made here.")
-
-
-def _hashes(root: Path, config: dict) -> dict:
-    """Content hashes of the artefacts of a run."""
-    from kdlib import stages
-
-    base, tuned = stages.model_specs(config)
-    specs = (("data", "data", config["data"]), ("student", "base", base), ("teacher", "teacher", tuned))
-    return {f"{name}_hash": store.content_hash(stages.path(root, kind, spec)) if spec else None for name, kind, spec in specs}
-
-
-def tasks(configs: list[dict], plan: Plan) -> list[runner.Task]:
-    """Artefacts and runs as tasks with what each waits for, and a cost in parameter-tokens for the progress estimate."""
-    from kdlib import stages
-
-    out = {}
-    for config in configs:
-        needs = []
-        for kind, spec in stages.needed(config):
-            key = f"{kind}-{store.digest(spec)}"
-            cost = 0.0 if stages.path(plan.root, kind, spec).is_dir() else stages.cost(kind, spec)
-            out.setdefault(key, runner.Task(key, stages.make, (str(plan.root), kind, spec), tuple(needs), cost))
-            needs = [n for n in needs if not n.startswith("data")] + [key]
-        key = results.run_id(config)
-        out[key] = runner.Task(key, execute, (str(plan.root), plan.preset.name, plan.experiment, config), tuple(needs),
-                               stages.cost("run", config))
-    return list(out.values())
-
-
-@lru_cache(maxsize=2)
-def _loaded(root: str, data: str):
-    """Data shared by the runs of one worker process."""
-    from kdlib import stages
-
-    return stages.read_data(Path(root), json.loads(data))
-
-
-def execute(root: str, preset: str, experiment: str, config: dict) -> str:
-    """Do one run, or nothing if its record is there, and return its id. Safe beside other processes doing the same."""
-    identifier, home = results.run_id(config), Path(root)
-    with store.lock(home, identifier):
-        if not results.record_path(home, preset, identifier).exists():
-            record = _train_and_evaluate(home, config)
-            results.write_record(home, {"run_id": identifier, "experiment": experiment, "preset": preset, **record})
-    return identifier
-
-
-def _train_and_evaluate(root: Path, config: dict) -> dict:
-    import torch
-
-    from kdlib import data, evaluate, models, stages, teachers
-    from kdlib.losses import Objective
-
-    wall, cpu = time.perf_counter(), time.process_time()
-    bundle = _loaded(str(root), json.dumps(config["data"]))
-    base, tuned = stages.model_specs(config)
-    student, tokenizer = models.load(stages.make(str(root), "base", base), models.device())
-    teacher = models.load(stages.make(str(root), "teacher", tuned), models.device())[0] if tuned else None
-    targets = teachers.Cached(stages.make(str(root), "targets", stages.target_spec(tuned))) if tuned else None
-    pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
-    objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
-    rows, loss = stages.fit(student, tokenizer, bundle.train, pool, config, teacher=targets, objective=objective)
-    trained, split = time.perf_counter(), config["split"]
-    metrics, items = evaluate.evaluate(student, tokenizer, bundle.held[split], verify=bundle.verify, clean=bundle.clean.get(split),
-                                       max_new_tokens=config["max_new_tokens"], teacher=teacher)
-    metrics["train_loss"] = loss
-    if tuned:
-        own = json.loads((stages.path(root, "teacher", tuned) / "evaluation.json").read_text(encoding="utf-8"))[split]
-        metrics |= {f"teacher_{name}": value for name, value in own.items()}
-    provenance = {**results.environment(), **_hashes(root, config), "device": str(student.device),
-                  "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-                  "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
-                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in rows),
-                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report}
-    return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
-            "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
-            "world_seed": config["data"]["world_seed"],
-            "metrics": metrics, "items": items, "config": config, "provenance": provenance}

@@ -19,10 +19,7 @@ def plan(preset: Preset, root: str | Path, workers: int = 0) -> study.Plan:
 
 
 def table(records: list[dict], preset: Preset) -> pd.DataFrame:
-    """Columns ``method, budget, learning_rate, score, n_runs, chosen``: the mean validation score over seeds.
-
-    For each method and budget the best score is chosen, and of equal ones the smaller rate.
-    """
+    """Mean ``score`` over seeds by method, budget and rate; ``chosen``: each method's best at a budget, of equals the smallest."""
     metric, keys = preset.scored, ["method", "budget"]
     means = results.frame(records).groupby([*keys, "learning_rate"])[metric.name].agg(score="mean", n_runs="size").reset_index()
     ranked = means.sort_values(["score", "learning_rate"], ascending=[not metric.higher_is_better, True])

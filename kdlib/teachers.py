@@ -95,17 +95,16 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
     if form not in EXACT:
         spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature}
         spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
-    head = model.get_output_embeddings()
+    parts = {}
     if form == "hidden":
+        head = model.get_output_embeddings()
         spec |= {"width": head.in_features, "linear": inference.linear_head(model)}
         if spec["linear"] is None:
             raise ValueError("form='hidden' needs a teacher whose logits are one matrix times its hidden states; allowed: another form.")
-    parts = {}
-    if form == "hidden":
         tensors = {n: v.detach().cpu().contiguous() for n in ("weight", "bias") if (v := getattr(head, n)) is not None}
         parts["head"] = lambda work: save_file(tensors, work / "head.safetensors")
     build = partial(_write_shard, model=model, tokenizer=tokenizer, spec=spec, batch_size=batch_size)
-    return _write(folder, spec, {**parts, **_shards(rows, shard_rows, build)})
+    return _write(folder, spec, parts | _shards(rows, shard_rows, build))
 
 
 def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
@@ -161,8 +160,7 @@ def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows
         chunk = order[start:start + batch_size]
         batch = {n: v.to(model.device) for n, v in collate([rows[i] for i in chunk]).items()}
         mask, _ = inference.response_rows(batch["labels"])
-        packed = _pack(model, batch, mask, spec, generator)
-        parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in packed.items()}
+        parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in _pack(model, batch, mask, spec, generator).items()}
         for place, i in enumerate(chunk):
             out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
     keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [row_hash(r) for r in rows]}
@@ -192,8 +190,7 @@ class Cached:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.spec, self.head = _read_spec(self.folder), None
-        done = self.folder / "complete.json"
-        if not done.is_file():
+        if not (done := self.folder / "complete.json").is_file():
             raise ValueError(f"The cache in {folder} is unfinished; write it again and it goes on where it stopped.")
         if self.spec["form"] == "hidden":
             self.head = load_file(store.check_files(self.folder / "head") / "head.safetensors")
@@ -219,8 +216,7 @@ class Cached:
         for part, value in _identity(tokenizer).items():
             if value != spec[part]:
                 raise ValueError(f"T{where[1:]} was made with another {part}; write it anew.")
-        width = student.get_output_embeddings().weight.shape[0]
-        if width < spec["vocabulary"]:
+        if (width := student.get_output_embeddings().weight.shape[0]) < spec["vocabulary"]:
             raise ValueError(f"T{where[1:]} covers {spec['vocabulary']} tokens, the student's head {width}.")
         if spec["form"] not in EXACT and objective.temperature != spec["temperature"]:
             raise ValueError(f"temperature={objective.temperature} but {where} was made at {spec['temperature']}; allowed: that, "

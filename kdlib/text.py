@@ -32,18 +32,16 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 def load_rows(source: dict) -> list[dict]:
     """Rows of a source: ``local`` under ``KDLIB_DATA`` if set, columns as in ``where``, else ``hub``; raises if it has none."""
-    root = os.environ.get("KDLIB_DATA")
-    if root:
+    if root := os.environ.get("KDLIB_DATA"):
         path = Path(root) / source["local"]
         if not path.is_file():
             raise FileNotFoundError(f"KDLIB_DATA={root!r} has no file {source['local']!r}; point KDLIB_DATA at the folder "
                                     "that holds it, or unset it to load all data from the hub.")
         rows, where = read_jsonl(path), source.get("where", {})
-        kept = [r for r in rows if all(r.get(k) == v for k, v in where.items())]
-        if not kept:
-            wanted = f" with {', '.join(f'{k}={v!r}' for k, v in where.items())}" if where else ""
-            raise ValueError(f"{path} has no row{wanted} among its {len(rows)}; the study needs some.")
-        return kept
+        if kept := [r for r in rows if all(r.get(k) == v for k, v in where.items())]:
+            return kept
+        wanted = f" with {', '.join(f'{k}={v!r}' for k, v in where.items())}" if where else ""
+        raise ValueError(f"{path} has no row{wanted} among its {len(rows)}; the study needs some.")
     try:
         rows = load_dataset(source["hub"], source.get("hub_config"), split="train")
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
@@ -55,8 +53,7 @@ def load_rows(source: dict) -> list[dict]:
 
 def to_messages(row: dict) -> list[dict]:
     """The conversation of a row: ``messages``, or ``instruction``/``context``/``response`` (Dolly's columns)."""
-    messages = row.get("messages")
-    if messages:
+    if messages := row.get("messages"):
         fine = isinstance(messages, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
         if not fine or not any(m["role"] == "assistant" for m in messages):

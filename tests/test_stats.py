@@ -83,9 +83,11 @@ def test_unpaired_and_doubled_runs_are_refused():
 
 
 def test_the_contrasts_are_what_was_stated():
-    gaps = stats.paired_gaps(runs(lambda b, s: 0.08 - 0.02 * math.log2(b / 100) + 0.001 * s), ACC)
-    assert stats.low_data_gap(gaps).to_numpy() == pytest.approx([0.07 + 0.001 * s for s in range(5)])
-    assert stats.fading(gaps).to_numpy() == pytest.approx([0.02] * 5)
+    frame = runs(lambda b, s: 0.08 - 0.02 * math.log2(b / 100) + 0.001 * s)
+    few = stats.budget_claims(frame, ACC)[0]
+    wanted = stats.paired_interval([0.07 + 0.001 * s for s in range(5)])
+    assert [few[k] for k in ("estimate", "ci_low", "ci_high", "n_seeds")] == pytest.approx(wanted[:4], rel=1e-5)
+    assert stats.fading(stats.paired_gaps(frame, ACC)).to_numpy() == pytest.approx([0.02] * 5)
 
 
 def test_claims_supported_and_refuted():

@@ -97,7 +97,7 @@ def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
     chosen = [r for r in tiny_records if r["budget"] == 20 and r["seed"] == 1]
     root = store.open_folder(tmp_path / "again")
     for wanted in chosen:
-        study.execute(str(root), "tiny", "data_budget", wanted["config"])
+        stages.execute(root, "tiny", "data_budget", wanted["config"])
         again = results.read_record(results.record_path(root, "tiny", wanted["run_id"]))
         assert again["metrics"] == wanted["metrics"] and again["items"] == wanted["items"]
         for part in ("data_hash", "student_hash", "teacher_hash"):
@@ -111,11 +111,11 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     monkeypatch.setattr(trainer, "train", lambda model, tokenizer, rows, **how: seen.append(rows) or {"train_loss": 0.0})
     configs = plan(tiny_root).configs
     for config in (configs[0], configs[1], configs[4]):  # SFT and KD at the small budget, SFT at the large one
-        study._train_and_evaluate(tiny_root, config)
+        stages._train_and_evaluate(tiny_root, config)
     small, paired, large = [[tuple(r["input_ids"]) for r in rows] for rows in seen]
     assert small == paired and len(small) == TINY.steps * TINY.batch_size
     assert len(set(small)) <= 20 < len(set(large))
-    bundle = study._loaded(str(tiny_root), json.dumps(configs[0]["data"]))
+    bundle = stages._loaded(tiny_root, json.dumps(configs[0]["data"]))
     order = data.nested_order(bundle.skills, configs[0]["seed"])
     assert set(small) == {tuple(bundle.train[i]["input_ids"]) for i in order[:20]}
 
@@ -185,7 +185,7 @@ def test_more_rows_than_the_data_has_is_said(tmp_path):
     greedy = replace(TINY, train_rows=5000)
     config = study.grid(greedy, METHODS, [20], [0], 0)[0]
     with pytest.raises(ValueError, match="train_rows=5000 is above the data; allowed: up to 200 rows"):
-        study.execute(str(store.open_folder(tmp_path / "r")), "tiny", "data_budget", config)
+        stages.execute(store.open_folder(tmp_path / "r"), "tiny", "data_budget", config)
 
 
 def text_preset(monkeypatch, folder):
