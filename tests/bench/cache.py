@@ -47,8 +47,8 @@ def main(name: str, folder: str) -> dict:
     root = store.open_folder(folder)
     base, tuned = stages.model_specs(config)
     rows = stages.read_data(root, config["data"]).train
-    student, tokenizer = models.load(stages.make(str(root), "base", base), models.device())
-    teacher, _ = models.load(stages.make(str(root), "teacher", tuned), models.device())
+    student, tokenizer = models.load(stages.make(root, "base", base), models.device())
+    teacher, _ = models.load(stages.make(root, "teacher", tuned), models.device())
     with tempfile.TemporaryDirectory() as place:
         began = time.perf_counter()
         made = teachers.write_cache(place + "/cache", teacher, tokenizer, rows, **FORMS[name])
