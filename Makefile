@@ -28,6 +28,7 @@ smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke
 
 test: $(READY)
+	$(BIN)/python -m pip install -q -e '.[cluster,lora]'
 	$(BIN)/python -m pytest
 
 lab: $(READY)
