@@ -4,7 +4,6 @@ Rows are response positions: ``logits`` (N, V) has one for each token that the s
 by the global number of response tokens, so splitting a batch over micro-batches or devices never changes the gradient.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,7 +42,7 @@ class Objective:
 
     def __post_init__(self):
         for name, fine, allowed in (("alpha", 0 <= self.alpha <= 1, "0 (supervised fine-tuning) to 1 (the teacher alone)"),
-                                    ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+                                    ("temperature", 0.01 <= self.temperature <= 100, "a number from 0.01 to 100"),
                                     ("kind", self.kind in KINDS, ", ".join(KINDS)),
                                     ("beta", 0 <= self.beta <= 1, "0 (forward KL) to 1 (reverse KL)"),
                                     ("skew", 0 <= self.skew < 1, "0 to 1, 1 excluded")):

@@ -29,7 +29,7 @@ def make(tmp_path, **parameters):
     ({"seeds": [0, 0]}, "two different"), ({"seeds": [True, False]}, "whole numbers"), ({"seeds": 3}, "seeds=3 has type int"),
     ({"world_seed": -1}, "world_seed=-1"), ({"world_seed": "0"}, "world_seed='0' has type str"),
     ({"alpha": 0}, "alpha=0 is not allowed; allowed: a number above 0 and up to 1"), ({"alpha": "1e-1"}, "alpha='1e-1' has type str"),
-    ({"temperature": 0.0}, "temperature=0.0"), ({"temperature": math.inf}, "temperature=inf is not allowed; allowed: a finite number"),
+    ({"temperature": 0.0}, "temperature=0.0"), ({"temperature": math.inf}, "temperature=inf is not allowed; allowed: a number from 0.01 to 100"),
     ({"temperature": math.nan}, "temperature=nan"), ({"alpha": math.nan}, "alpha=nan"),
     ({"preset": "realtext", "world_seed": 7}, "world_seed=7 is not allowed; allowed: 0, because preset 'realtext' has one world"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True has type bool"),
     ({"train_missing": "no"}, "train_missing='no' has type str; allowed: True or False"), ({"results_dir": 5}, "results_dir=5 has type int")])
