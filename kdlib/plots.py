@@ -101,7 +101,7 @@ def skill_gaps(records: list[dict], metric: Metric):
                     capsize=2, linestyle="none", label=part, **look)
     ax.set_yticks(range(len(order)), [s.replace("_", " ") for s in order])
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-    ax.set_xlabel(f"{metric.gap_label}:\nmean and 95% interval over {table.n_seeds.min()} seeds, not adjusted for looking at "
+    fig.supxlabel(f"{metric.gap_label}:\nmean and 95% interval over {table.n_seeds.min()} seeds, not adjusted for looking at "
                   f"{len(order)} skills", fontsize=9)
     return fig, table
 
