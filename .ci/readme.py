@@ -28,8 +28,11 @@ def skills(root: Path) -> str:
     for claim in results.read_claims(root / "lab"):
         rows = table[(table.claim == claim["claim"]) & (table.verdict != claim["verdict"])]
         changes = [f"*{r.verdict}* without `{r.left_out}` ({r.estimate:+.4f} [{r.ci_low:+.4f}, {r.ci_high:+.4f}])" for r in rows.itertuples()]
-        lines.append(f"* {claim['claim']} is *{claim['verdict']}* over all ten skills, and "
-                     f"{'would be ' + ', '.join(changes) if changes else 'stays so whichever skill is left out'}.")
+        least = table[table.claim == claim["claim"]].sort_values("estimate").iloc[0]
+        stays = (f"stays so whichever is left out; least without `{least.left_out}` ({least.estimate:+.4f} "
+                 f"[{least.ci_low:+.4f}, {least.ci_high:+.4f}])")
+        lines.append(f"* {claim['claim']} is *{claim['verdict']}* over all skills, and "
+                     f"{'would be ' + ', '.join(changes) if changes else stays}.")
     return "\n".join(lines)
 
 

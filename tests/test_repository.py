@@ -139,9 +139,8 @@ def test_the_lab_is_as_the_readme_puts_it():
     by_skill = pd.read_csv(RESULTS / "lab" / "tables" / "by_skill.csv").set_index("skill")
     assert (by_skill.kd - by_skill.sft).idxmin() == "translate" and by_skill.teacher.idxmin() == "translate"
     assert by_skill.teacher["translate"] < 0.1 < 0.5 < by_skill.sft["translate"]
-    without = pd.read_csv(RESULTS / "lab" / "tables" / "without_skill.csv")
-    changed = without[(without.claim == "C1b") & (without.verdict != "supported")]
-    assert changed.left_out.tolist() == ["translate"]
+    others = by_skill.drop("translate")
+    assert (others.kd - others.sft).mean() > 0
 
 
 def test_the_readmes_files_and_make_targets_exist():
