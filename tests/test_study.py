@@ -30,6 +30,8 @@ def make(tmp_path, **parameters):
     ({"world_seed": -1}, "world_seed=-1"), ({"world_seed": "0"}, "world_seed='0' has type str"),
     ({"alpha": 0}, "alpha=0 is not allowed; allowed: a number above 0 and up to 1"), ({"alpha": "1e-1"}, "alpha='1e-1' has type str"),
     ({"temperature": 0.0}, "temperature=0.0"), ({"temperature": math.inf}, "temperature=inf is not allowed; allowed: a number from 0.01 to 100"),
+    ({"temperature": 1e-40}, "temperature=1e-40 is not allowed"), ({"temperature": 10**400}, "temperature=1000"),
+    ({"results_dir": " "}, "results_dir=' ' is not allowed"), ({"results_dir": "a\0b"}, "is not allowed; allowed: a folder as text"),
     ({"temperature": math.nan}, "temperature=nan"), ({"alpha": math.nan}, "alpha=nan"),
     ({"preset": "realtext", "world_seed": 7}, "world_seed=7 is not allowed; allowed: 0, because preset 'realtext' has one world"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True has type bool"),
     ({"train_missing": "no"}, "train_missing='no' has type str; allowed: True or False"), ({"results_dir": 5}, "results_dir=5 has type int")])
@@ -119,6 +121,19 @@ def test_teacher_and_untuned_student_are_scored_as_the_student_is(tiny_root, tin
             own = {k: r["metrics"].get(f"{name}_{k}") for k in wanted}
             assert (own["accuracy_by_skill"] == wanted["accuracy_by_skill"]) is (name == "untuned" or r["method"] == "kd")
             assert r["metrics"]["untuned_nll"] > r["metrics"]["nll"]
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_records, tmp_path, monkeypatch):
+    from kdlib import trainer
+
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_root, root)
+    record = tiny_records[0]
+    results.record_path(root, "tiny", record["run_id"]).unlink()
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: {"train_loss": math.nan})
+    with pytest.raises(ValueError, match=f"Run {record['run_id']} diverged: its training loss is nan"):
+        stages.execute(root, "tiny", "data_budget", record["config"])
+    assert not results.record_path(root, "tiny", record["run_id"]).exists()
 
 
 def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
