@@ -4,6 +4,7 @@ Rows are response positions: ``logits`` (N, V) has one for each token that the s
 by the global number of response tokens, so splitting a batch over micro-batches or devices never changes the gradient.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -177,10 +178,14 @@ def _divergence(z, teacher, o: Objective) -> torch.Tensor:
     log_q = F.log_softmax(z / o.temperature if o.temperature != 1 else z, -1)
     if not isinstance(teacher, Sparse):
         return _between(log_q, F.log_softmax(_wide(teacher.detach()) / o.temperature, -1), o)
+    if len(teacher.ids) != len(z):
+        raise ValueError(f"The teacher has {len(teacher.ids)} rows and the student {len(z)}; both need one for each response token.")
     near = log_q.gather(1, teacher.ids)
-    rest = (1 - near.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(near.dtype).tiny)
+    rest = torch.log1p(-near.exp().sum(-1, keepdim=True).clamp(max=0.999))
+    few = (rest[:, 0] < -6).nonzero()[:, 0]  # little is left: summed over the other tokens, since the difference has no digits
+    rest = rest.index_put((few,), log_q[few].scatter(1, teacher.ids[few], -math.inf).logsumexp(-1, keepdim=True))
     log_p = torch.cat([teacher.log_probs, teacher.log_tail[:, None]], -1).to(near.dtype)
-    value = _between(torch.cat([near, rest.log()], -1), log_p, o)
+    value = _between(torch.cat([near, rest], -1), log_p, o)
     return value if teacher.offset is None else value + teacher.offset
 
 
@@ -243,7 +248,7 @@ class _Chunked(torch.autograd.Function):
             if small:
                 grad_weight += torch.mm(slope.T, hidden[rows], out=part)
             elif grad_weight is not None:
-                grad_weight.addmm_(slope.T, hidden[rows])
+                torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight)
         ctx.made = [(g, like.dtype) for g, like in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)) if like is not None]
         return total
 

@@ -107,9 +107,6 @@ class Ray(Executor):
         devices = int(ray.cluster_resources().get("GPU", 0))
         self.workers = workers or devices or int(ray.cluster_resources()["CPU"])
         task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
-        self.remote = task(lambda function, arguments: _quiet() or function(*arguments))
+        remote = task(lambda function, arguments: _quiet() or function(*arguments))
+        self.submit = lambda function, *arguments: remote.remote(function, arguments).future()
         self.shutdown = lambda **_: ray.shutdown()
-
-    def submit(self, function, *arguments):
-        """The future of ``function(*arguments)``."""
-        return self.remote.remote(function, arguments).future()
