@@ -43,7 +43,7 @@ class Objective:
 
     def __post_init__(self):
         for name, fine, allowed in (("alpha", 0 <= self.alpha <= 1, "0 (supervised fine-tuning) to 1 (the teacher alone)"),
-                                    ("temperature", 0.01 <= self.temperature <= 100, "a number from 0.01 to 100"),
+                                    ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
                                     ("kind", self.kind in KINDS, ", ".join(KINDS)),
                                     ("beta", 0 <= self.beta <= 1, "0 (forward KL) to 1 (reverse KL)"),
                                     ("skew", 0 <= self.skew < 1, "0 to 1, 1 excluded")):
@@ -178,14 +178,10 @@ def _divergence(z, teacher, o: Objective) -> torch.Tensor:
     log_q = F.log_softmax(z / o.temperature if o.temperature != 1 else z, -1)
     if not isinstance(teacher, Sparse):
         return _between(log_q, F.log_softmax(_wide(teacher.detach()) / o.temperature, -1), o)
-    if len(teacher.ids) != len(z):
-        raise ValueError(f"The teacher has {len(teacher.ids)} rows and the student {len(z)}; both need one for each response token.")
     near = log_q.gather(1, teacher.ids)
-    rest = torch.log1p(-near.exp().sum(-1, keepdim=True).clamp(max=0.999))
-    few = (rest[:, 0] < -6).nonzero()[:, 0]  # little is left: summed over the other tokens, since the difference has no digits
-    rest = rest.index_put((few,), log_q[few].scatter(1, teacher.ids[few], -math.inf).logsumexp(-1, keepdim=True))
+    rest = (1 - near.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(near.dtype).tiny)
     log_p = torch.cat([teacher.log_probs, teacher.log_tail[:, None]], -1).to(near.dtype)
-    value = _between(torch.cat([near, rest], -1), log_p, o)
+    value = _between(torch.cat([near, rest.log()], -1), log_p, o)
     return value if teacher.offset is None else value + teacher.offset
 
 
@@ -248,7 +244,7 @@ class _Chunked(torch.autograd.Function):
             if small:
                 grad_weight += torch.mm(slope.T, hidden[rows], out=part)
             elif grad_weight is not None:
-                torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight)
+                grad_weight.addmm_(slope.T, hidden[rows])
         ctx.made = [(g, like.dtype) for g, like in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)) if like is not None]
         return total
 

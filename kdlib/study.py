@@ -1,6 +1,7 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from kdlib import results, runner, store
 from kdlib.presets import KINDS, METHODS, PRESETS, Preset
 
 SPEC_VERSION = {"lab": 3, "text": 3}  # raised whenever a change of the code changes what a configuration computes
-PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers")
+PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers",
+              "executor")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Plan:
     standard: bool
     train_missing: bool
     workers: int
+    executor: str = "processes"
 
     @property
     def ids(self) -> list[str]:
@@ -81,17 +84,17 @@ def plan(experiment: str, namespace: dict) -> Plan:
     worlds = "a whole number from 0" if preset.many_worlds else f"0, because preset {name!r} has one world"
     world = check("world_seed", given.get("world_seed", 0), int, worlds, lambda v: v >= 0 and (preset.many_worlds or v == 0))
     alpha = check("alpha", given["alpha"], float, "a number above 0 and up to 1, the teacher's weight", lambda v: 0 < v <= 1)
-    temperature = check("temperature", given["temperature"], float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
+    temperature = check("temperature", given["temperature"], float, "a finite number above 0", lambda v: 0 < v < math.inf)
     kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)
     workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
+    executor = check("executor", given.get("executor", "processes"), str, ", ".join(runner.EXECUTORS), lambda v: v in runner.EXECUTORS)
     train = check("train_missing", given.get("train_missing", True), bool, "True or False")
-    folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own",
-                   lambda v: not v or (v.strip() and "\0" not in v))
+    folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own")
     kd = {"alpha": float(alpha), "temperature": float(temperature), **({"kind": kind} if kind != KINDS[0] else {})}
     configs = grid(preset, {"sft": METHODS["sft"], "kd": kd}, budgets, seeds, world)
     standard = configs == grid(preset, METHODS, sorted(preset.budgets), sorted(preset.seeds), 0)
     root = store.open_folder(folder or results.REPOSITORY / "results")
-    return Plan(preset, experiment, tuple(configs), root, standard, train, workers)
+    return Plan(preset, experiment, tuple(configs), root, standard, train, workers, executor)
 
 
 def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: str = "test") -> list[dict]:
@@ -123,9 +126,9 @@ def run(plan: Plan) -> list[dict]:
 
         todo = stages.tasks(missing, plan.root, plan.preset.name, plan.experiment)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute([t for t in todo if t.function is not stages.execute], plan.workers)
+            runner.compute([t for t in todo if t.function is not stages.execute], plan.workers, plan.executor)
             _check_one_origin(found + [{"provenance": stages.hashes(plan.root, c)} for c in missing], plan)
-        runner.compute(todo, plan.workers)
+        runner.compute(todo, plan.workers, plan.executor)
     records = results.read_records(plan.root, plan.preset.name, plan.ids)
     if len(records) != len(plan.ids):
         raise RuntimeError(f"{len(plan.ids) - len(records)} of {len(plan.ids)} runs are still missing; run again to go on.")

@@ -110,7 +110,7 @@ def caches(rounds: int) -> dict:
 
 def main(rounds: int = 5) -> None:
     """Run everything; each benchmark writes its record as it ends."""
-    packages = {p: version(p).split("+")[0] for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
+    packages = {p: version(p) for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
     for name, bench in (("steps", steps), ("loss", losses), ("cache", caches)):
         record = {"benchmark": name, "about": bench.__doc__, "device": DEVICE, "threads": 2, "packages": packages,
                   "environment": results.environment(), "found": bench(rounds)}
