@@ -189,10 +189,6 @@ def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: i
                   vocabulary=vocabulary())
 
 
-def origin(**_) -> None:
-    """None: the world is drawn, not read."""
-
-
 def verifier(world_seed: int):
     """``verify(row, response)`` of a world."""
     return World(world_seed).verify

@@ -92,8 +92,8 @@ class Head(NamedTuple):
         out = _wide(linear) if self.scale == 1 else _wide(linear) * self.scale
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
-    def narrow(self, vocabulary: int) -> "Head":
-        """The head of the first ``vocabulary`` tokens."""
+    def narrow(self, vocabulary: int | None) -> "Head":
+        """The head of the first ``vocabulary`` tokens (None: all)."""
         return self._replace(weight=self.weight[:vocabulary], bias=None if self.bias is None else self.bias[:vocabulary])
 
 
@@ -144,12 +144,11 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     the weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has about four million logits.
     """
     objective = Objective(**settings).with_teacher(teacher)
-    if vocabulary:
-        head = head.narrow(vocabulary)
-        if isinstance(teacher, Hidden):
-            teacher = teacher._replace(head=teacher.head.narrow(vocabulary))
-        elif isinstance(teacher, torch.Tensor):
-            teacher = teacher[:, :vocabulary]
+    head = head.narrow(vocabulary)
+    if isinstance(teacher, Hidden):
+        teacher = teacher._replace(head=teacher.head.narrow(vocabulary))
+    elif isinstance(teacher, torch.Tensor):
+        teacher = teacher[:, :vocabulary]
     width = teacher.head.weight.shape[0] if isinstance(teacher, Hidden) else getattr(teacher, "shape", (0, 0))[-1]
     if width and width != head.weight.shape[0]:
         raise ValueError(f"The student's head has {head.weight.shape[0]} tokens and the teacher's {width}; give the common vocabulary.")

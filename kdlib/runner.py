@@ -82,7 +82,6 @@ def _start_worker() -> None:
 
 
 def _quiet() -> None:
-    """One thread, no advice on standard error."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging

@@ -86,9 +86,9 @@ def make(root: Path, kind: str, spec: dict) -> Path:
 
 
 def _source(spec: dict, name: str) -> Callable:
-    """``corpus`` or ``origin`` of the module that reads the data of ``spec``, with the source's own arguments."""
+    """``corpus`` or ``origin`` of the module that makes the data of ``spec``, with the source's own arguments."""
     source = {k: v for k, v in spec["source"].items() if k != "kind"}
-    return partial(getattr(SOURCES[spec["source"]["kind"]], name), **source)
+    return partial(getattr(SOURCES[spec["source"]["kind"]], name, lambda **_: None), **source)  # what is drawn has no origin
 
 
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
@@ -123,7 +123,7 @@ def read_data(root: Path, spec: dict) -> Bundle:
              for s in ("validation", "test") if (folder / f"{s}-clean").is_dir()}
     held = {s: load_from_disk(folder / s) for s in ("validation", "test")}
     return Bundle(train=rows, skills=list(train["skill"]), held=held, clean=clean,
-                  verify=SOURCES[spec["source"]["kind"]].verifier(spec["world_seed"]),
+                  verify=getattr(SOURCES[spec["source"]["kind"]], "verifier", lambda _: None)(spec["world_seed"]),
                   report=json.loads((folder / "report.json").read_text(encoding="utf-8")),
                   tokenizer=models.load_tokenizer(folder / "tokenizer"))
 
@@ -157,7 +157,6 @@ def fit(model, tokenizer, rows: list[dict], pool: list[int], how: dict, **object
 
 
 def _train(model, rows: list[dict], bundle: Bundle, how: dict, folder: Path) -> None:
-    """Train, save, and write down how the model does on held-out rows, so that runs can show it beside their student."""
     fit(model, bundle.tokenizer, rows, list(range(len(rows))), how)
     model.save_pretrained(folder)
     bundle.tokenizer.save_pretrained(folder)
@@ -198,7 +197,6 @@ def hashes(root: Path, config: dict) -> dict:
 
 @lru_cache(maxsize=2)
 def _loaded(root: Path, spec: str) -> Bundle:
-    """Data shared by the runs of one worker process."""
     return read_data(root, json.loads(spec))
 
 

@@ -78,8 +78,9 @@ def plan(experiment: str, namespace: dict) -> Plan:
 
     budgets = numbers("budgets", 1, size, f"{size}, the rows of preset {name!r}")
     seeds = numbers("seeds", 0, 2**31, "2**31, because an interval needs two")
-    worlds = "a whole number from 0" if preset.many_worlds else f"0, because preset {name!r} has one world"
-    world = check("world_seed", given.get("world_seed", 0), int, worlds, lambda v: v >= 0 and (preset.many_worlds or v == 0))
+    one = preset.source["kind"] == "text"  # there is one world of real text
+    worlds = f"0, because preset {name!r} has one world" if one else "a whole number from 0"
+    world = check("world_seed", given.get("world_seed", 0), int, worlds, lambda v: v == 0 or (v > 0 and not one))
     alpha = check("alpha", given["alpha"], float, "a number above 0 and up to 1, the teacher's weight", lambda v: 0 < v <= 1)
     temperature = check("temperature", given["temperature"], float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
     kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)

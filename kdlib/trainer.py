@@ -40,8 +40,8 @@ class DistillationTrainer(Trainer):
         self.linear, self.vocabulary = inference.linear_head(self.model), None
         if self.teacher is not None:
             self.args.remove_unused_columns = False  # the ids of the examples among them
-            held = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-            rows = chain.from_iterable(d or () for d in (self.train_dataset, *held.values()))
+            held = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            rows = chain.from_iterable(d or () for d in (self.train_dataset, *held))
             self.vocabulary = self.teacher.prepare(self.model, self.processing_class, rows, objective, self.args.device)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
