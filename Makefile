@@ -14,13 +14,13 @@ TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/d
 .PHONY: study smoke test lab sweep bench outputs readme clean
 
 study: $(READY)
-	@$(BIN)/python -c "from kdlib import study; study.plan('', {'preset': '$(PRESET)', 'results_dir': '$(OUT)'})"
+	@$(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import study; study.plan('', {'preset': '$(PRESET)', 'results_dir': '$(OUT)'})"
 	@mkdir -p "$(OUT)/$(PRESET)/notebooks"
 	@set -e; for nb in $(EXPERIMENTS); do echo "== $$nb, preset $(PRESET), results in $(OUT)/$(PRESET)"; \
-	  copy="$(OUT)/$(PRESET)/notebooks/$$(basename $$nb)" part="$(OUT)/$(PRESET)/notebooks/.unfinished.ipynb"; \
+	  copy="$(OUT)/$(PRESET)/notebooks/$$(basename $$nb)" part="$(OUT)/$(PRESET)/notebooks/.unfinished-$$$$.ipynb"; \
 	  $(BIN)/papermill $$nb "$$part" -p preset $(PRESET) -p results_dir "$(OUT)" \
 	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; \
-	  mv "$$part" "$$copy"; done
+	  mv -f "$$part" "$$copy"; done
 	@$(BIN)/python -c "from pathlib import Path; from kdlib import results; \
 	  print(results.claims_table([Path('$(OUT)/$(PRESET)')]).to_string(index=False))"
 
@@ -28,13 +28,14 @@ smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke
 
 test: $(READY)
+	$(BIN)/python -m pip install -q -e '.[cluster,lora]'
 	$(BIN)/python -m pytest
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 sweep: $(READY)
-	$(BIN)/python -c "from kdlib import sweep; sweep.main('$(PRESET)', '$(OUT)', $(WORKERS))"
+	$(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import sweep; sweep.main('$(PRESET)', '$(OUT)', $(WORKERS))"
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -e '.[bench]'

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pandas as pd
+
 from kdlib import results, store
 
 NAMES = {"trl": "TRL's GKD trainer", "live": "kdlib, live teacher", "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64",
@@ -20,6 +22,20 @@ def claims(root: Path) -> str:
     return markdown(table.columns, table.values)
 
 
+def skills(root: Path) -> str:
+    """What each verdict of the lab owes to one skill."""
+    table, lines = pd.read_csv(root / "lab" / "tables" / "without_skill.csv"), []
+    for claim in results.read_claims(root / "lab"):
+        rows = table[(table.claim == claim["claim"]) & (table.verdict != claim["verdict"])]
+        changes = [f"*{r.verdict}* without `{r.left_out}` ({r.estimate:+.4f} [{r.ci_low:+.4f}, {r.ci_high:+.4f}])" for r in rows.itertuples()]
+        least = table[table.claim == claim["claim"]].sort_values("estimate").iloc[0]
+        stays = (f"stays so whichever is left out; least without `{least.left_out}` ({least.estimate:+.4f} "
+                 f"[{least.ci_low:+.4f}, {least.ci_high:+.4f}])")
+        lines.append(f"* {claim['claim']} is *{claim['verdict']}* over all skills, and "
+                     f"{'would be ' + ', '.join(changes) if changes else stays}.")
+    return "\n".join(lines)
+
+
 def engine(root: Path) -> str:
     """Time and memory of a training step, one row an engine, device and size."""
     rows = []
@@ -35,7 +51,7 @@ def engine(root: Path) -> str:
 
 def generated(text: str, root: Path) -> str:
     """The README's text with what stands between its markers made anew."""
-    for name, make in (("claims", claims), ("engine", engine)):
+    for name, make in (("claims", claims), ("skills", skills), ("engine", engine)):
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if start in text:
             head, rest = text.split(start)

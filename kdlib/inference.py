@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
@@ -36,6 +37,7 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
     Inside it, parameters that a wrapper shards or synchronises (``wrapped``, if it is not ``model`` itself) are whole.
     """
     head, results = model.get_output_embeddings(), []
+    own = vars(head).get("forward")  # of a library that hooks modules
 
     def forward(hidden):
         results.append(compute(hidden[mask]))
@@ -47,6 +49,7 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
         (wrapped or model)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False)
     finally:
         del head.forward
+        vars(head).update({"forward": own} if own else {})
     return results[0]
 
 
@@ -74,7 +77,7 @@ def linear_head(model) -> dict | None:
     return found if torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max())) else None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, temperature: float = 0.0,
              batch_size: int = 256) -> list[list[int]]:
     """Answers (token ids, the end token included if it came) to ``prompts``, greedy at temperature 0, else sampled.
@@ -83,6 +86,7 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
     """
     answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    own, model.generation_config = model.generation_config, GenerationConfig()  # its habits (top_p, penalties) are not its distribution
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         width = max(len(prompts[i]) for i in chunk)
@@ -92,4 +96,5 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
                              eos_token_id=eos_token_id, **how)[:, width:].tolist()
         for i, answer in zip(chunk, out):
             answers[i] = answer[:answer.index(eos_token_id) + 1] if eos_token_id in answer else answer
+    model.generation_config = own
     return answers

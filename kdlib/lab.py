@@ -1,6 +1,7 @@
 """The lab world: a seeded, procedural instruction world in plain text, with a verifier for every answer.
 
-Its ten skills follow the categories of Tulu 3. Annotators answer in several styles and slip at a stated rate. What the test
+Its ten skills follow categories of Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning
+(sort, reverse), another language (translate), precise instructions (name). Annotators answer in several styles and slip at a stated rate. What the test
 and validation splits ask, the training split never does; a third of the phrasings are kept for the *unseen* suite.
 """
 
@@ -186,10 +187,6 @@ def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: i
                                      world.mixture(s, "unseen", unseen_rows, distinct=True)]) for s in ("validation", "test")}
     return Corpus(pretrain=lambda: world.base_text(pretrain_lines), train=world.mixture("train", "seen", pool_rows), **held,
                   vocabulary=vocabulary())
-
-
-def origin(**_) -> None:
-    """None: the world is drawn, not read."""
 
 
 def verifier(world_seed: int):

@@ -43,7 +43,7 @@ class Objective:
 
     def __post_init__(self):
         for name, fine, allowed in (("alpha", 0 <= self.alpha <= 1, "0 (supervised fine-tuning) to 1 (the teacher alone)"),
-                                    ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+                                    ("temperature", 0.01 <= self.temperature <= 100, "a number from 0.01 to 100"),
                                     ("kind", self.kind in KINDS, ", ".join(KINDS)),
                                     ("beta", 0 <= self.beta <= 1, "0 (forward KL) to 1 (reverse KL)"),
                                     ("skew", 0 <= self.skew < 1, "0 to 1, 1 excluded")):
@@ -92,8 +92,8 @@ class Head(NamedTuple):
         out = _wide(linear) if self.scale == 1 else _wide(linear) * self.scale
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
-    def narrow(self, vocabulary: int) -> "Head":
-        """The head of the first ``vocabulary`` tokens."""
+    def narrow(self, vocabulary: int | None) -> "Head":
+        """The head of the first ``vocabulary`` tokens (None: all)."""
         return self._replace(weight=self.weight[:vocabulary], bias=None if self.bias is None else self.bias[:vocabulary])
 
 
@@ -144,12 +144,11 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     the weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has about four million logits.
     """
     objective = Objective(**settings).with_teacher(teacher)
-    if vocabulary:
-        head = head.narrow(vocabulary)
-        if isinstance(teacher, Hidden):
-            teacher = teacher._replace(head=teacher.head.narrow(vocabulary))
-        elif isinstance(teacher, torch.Tensor):
-            teacher = teacher[:, :vocabulary]
+    head = head.narrow(vocabulary)
+    if isinstance(teacher, Hidden):
+        teacher = teacher._replace(head=teacher.head.narrow(vocabulary))
+    elif isinstance(teacher, torch.Tensor):
+        teacher = teacher[:, :vocabulary]
     width = teacher.head.weight.shape[0] if isinstance(teacher, Hidden) else getattr(teacher, "shape", (0, 0))[-1]
     if width and width != head.weight.shape[0]:
         raise ValueError(f"The student's head has {head.weight.shape[0]} tokens and the teacher's {width}; give the common vocabulary.")
@@ -178,10 +177,14 @@ def _divergence(z, teacher, o: Objective) -> torch.Tensor:
     log_q = F.log_softmax(z / o.temperature if o.temperature != 1 else z, -1)
     if not isinstance(teacher, Sparse):
         return _between(log_q, F.log_softmax(_wide(teacher.detach()) / o.temperature, -1), o)
+    if len(teacher.ids) != len(z):
+        raise ValueError(f"The teacher has {len(teacher.ids)} rows and the student {len(z)}; both need one for each response token.")
     near = log_q.gather(1, teacher.ids)
-    rest = (1 - near.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(near.dtype).tiny)
+    rest = torch.log1p(-near.exp().sum(-1, keepdim=True).clamp(max=0.999))
+    few = (rest[:, 0] < -6).nonzero()[:, 0]  # little is left: summed over the other tokens, since the difference has no digits
+    rest = rest.index_put((few,), log_q[few].scatter(1, teacher.ids[few], -math.inf).logsumexp(-1, keepdim=True))
     log_p = torch.cat([teacher.log_probs, teacher.log_tail[:, None]], -1).to(near.dtype)
-    value = _between(torch.cat([near, rest.log()], -1), log_p, o)
+    value = _between(torch.cat([near, rest], -1), log_p, o)
     return value if teacher.offset is None else value + teacher.offset
 
 
@@ -244,7 +247,7 @@ class _Chunked(torch.autograd.Function):
             if small:
                 grad_weight += torch.mm(slope.T, hidden[rows], out=part)
             elif grad_weight is not None:
-                grad_weight.addmm_(slope.T, hidden[rows])
+                torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight)
         ctx.made = [(g, like.dtype) for g, like in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)) if like is not None]
         return total
 

@@ -41,14 +41,20 @@ def score_vs_budget(frame: pd.DataFrame, metric: Metric):
         mean, shift = table["mean"], 0.97 if method == "sft" else 1.03
         ax.errorbar(table.budget * shift, mean, [mean - table.ci_low, table.ci_high - mean], capsize=3, markersize=6,
                     **{k: v for k, v in style.items() if k != "label"})
-        ax.scatter(runs.budget * shift, runs[metric.name], s=9, color=style["color"], alpha=0.45, linewidths=0)
+        ax.scatter(runs.budget * shift**2.5, runs[metric.name], s=9, color=style["color"], alpha=0.45, linewidths=0)
         ends.append((mean.iloc[-1], style["label"], style["color"]))
         tables.append(table)
+    for column, name in (("untuned", "untuned student"), ("teacher", "teacher")):
+        if (values := frame.get(f"{column}_{metric.name}", pd.Series(dtype=float)).dropna()).size:
+            ax.axhline(values.iloc[0], color="0.5", linewidth=1, linestyle=":")
+            ends.append((values.iloc[0], name, "0.4"))
+            tables = [table.assign(**{column: values.iloc[0]}) for table in tables]
     low, high = ax.get_ylim()
     lowest = -1.0
     for y, name, colour in sorted(ends):  # names beside the lines' right ends, moved apart where they would overlap
         lowest = max((y - low) / (high - low), lowest + 0.055)
-        ax.annotate(name, (1.01, lowest), xycoords="axes fraction", va="center", color=colour, fontweight="bold")
+        ax.annotate(name, (1.01, lowest), xycoords="axes fraction", va="center", color=colour,
+                    fontweight="normal" if colour == "0.4" else "bold")
     _budget_axis(ax, sorted(frame.budget.unique()))
     ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
     ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]} by data budget:\n"
@@ -62,7 +68,7 @@ def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
     table = stats.gap_table(gaps)
     ax.axhspan(-metric.delta, metric.delta, color="0.88", zorder=0)
     ax.axhline(0, color="0.3", linewidth=1)
-    ax.scatter(gaps.budget * 1.04, gaps.gap, s=12, color=STYLE["kd"]["color"], alpha=0.6, linewidths=0)
+    ax.scatter(gaps.budget * 1.08, gaps.gap, s=12, color=STYLE["kd"]["color"], alpha=0.6, linewidths=0)
     ax.errorbar(table.budget, table.gap, [table.gap - table.ci_low, table.ci_high - table.gap], capsize=3, markersize=6, **GAP)
     for text, lift in (("KD better ↑", 7), ("SFT better ↓", -7)):
         ax.annotate(text, (1.01, 0), xytext=(0, lift), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -95,16 +101,16 @@ def skill_gaps(records: list[dict], metric: Metric):
                     capsize=2, linestyle="none", label=part, **look)
     ax.set_yticks(range(len(order)), [s.replace("_", " ") for s in order])
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-    ax.set_xlabel(f"{metric.gap_label}: mean and 95% interval over {table.n_seeds.min()} seeds, not adjusted for looking at "
+    fig.supxlabel(f"{metric.gap_label}:\nmean and 95% interval over {table.n_seeds.min()} seeds, not adjusted for looking at "
                   f"{len(order)} skills", fontsize=9)
     return fig, table
 
 
 def save(fig, plotted: pd.DataFrame, folder: Path, name: str) -> None:
     """Write a figure as PNG and SVG and the plotted frame as CSV under ``folder/figures``; the same data, the same bytes."""
-    target, buffer = folder / "figures", io.StringIO()
+    target = folder / "figures"
     results.write_table(plotted, target / f"{name}.csv")
-    with matplotlib.rc_context(OPTIONS):
-        fig.savefig(target / f"{name}.png", dpi=150, metadata={"Software": None})
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
-    store.write_atomic(target / f"{name}.svg", buffer.getvalue())
+    for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        with matplotlib.rc_context(OPTIONS), io.BytesIO() as buffer:
+            fig.savefig(buffer, format=form, dpi=150, metadata=metadata)
+            store.write_atomic(target / f"{name}.{form}", buffer.getvalue())

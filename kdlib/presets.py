@@ -67,11 +67,6 @@ class Preset:
         """The metric that decides."""
         return METRICS[self.metric]
 
-    @property
-    def many_worlds(self) -> bool:
-        """Whether ``world_seed`` draws another world; real text has one."""
-        return self.source["kind"] != "text"
-
     def rate(self, method: str, budget: int) -> float:
         """The rate for ``method`` at ``budget``: the sweep's choices, log-log linear between, constant beyond, to three digits."""
         points = sorted(self.learning_rate[method].items())

@@ -23,17 +23,17 @@ class Task(NamedTuple):
     cost: float
 
 
-def compute(tasks: list[Task], workers: int = 0, executor: str = "processes") -> None:
+def compute(tasks: list[Task], workers: int = 0) -> None:
     """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
 
-    ``executor`` names one of ``EXECUTORS``. ``workers=0`` takes as many as it has: a process per core, or one in all where an
-    accelerator does the work; on Ray one per core or accelerator of the cluster. A task that fails stops the rest from
+    They run in processes on this machine, or on the Ray cluster that RAY_ADDRESS names. ``workers=0`` takes as many as there are: a
+    process per core, or one in all where an accelerator does the work; on Ray one per core or accelerator of the cluster. A task that fails stops the rest from
     starting; what was running finishes, and the error is raised.
     """
     waiting, done, running, failure, busy = list(tasks), set(), {}, None, 0.0
     bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0,
                bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}")
-    with EXECUTORS[executor](workers) as pool, bar:
+    with (Ray if os.environ.get("RAY_ADDRESS") else Processes)(workers) as pool, bar:
         while (waiting and not failure) or running:
             for task in [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]:
                 waiting.remove(task)
@@ -82,7 +82,6 @@ def _start_worker() -> None:
 
 
 def _quiet() -> None:
-    """One thread, no advice on standard error."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging
@@ -92,7 +91,7 @@ def _quiet() -> None:
 
 
 class Ray(Executor):
-    """The Ray cluster that RAY_ADDRESS names, or one on this machine; all its machines see the results folder.
+    """The Ray cluster that RAY_ADDRESS names (``local``: on this machine); all its machines see the results folder.
 
     A task whose worker dies is done again, up to three times. Raises ValueError if Ray is not installed.
     """
@@ -101,18 +100,12 @@ class Ray(Executor):
         try:
             import ray
         except ImportError as error:
-            raise ValueError("executor='ray' needs Ray, which is not installed; pip install 'kdlib[cluster]', or take 'processes'."
+            raise ValueError("RAY_ADDRESS asks for Ray, which is not installed; pip install 'kdlib[cluster]', or unset it."
                              ) from error
         ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         devices = int(ray.cluster_resources().get("GPU", 0))
         self.workers = workers or devices or int(ray.cluster_resources()["CPU"])
         task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
-        self.remote = task(lambda function, arguments: _quiet() or function(*arguments))
+        remote = task(lambda function, arguments: _quiet() or function(*arguments))
+        self.submit = lambda function, *arguments: remote.remote(function, arguments).future()
         self.shutdown = lambda **_: ray.shutdown()
-
-    def submit(self, function, *arguments):
-        """The future of ``function(*arguments)``."""
-        return self.remote.remote(function, arguments).future()
-
-
-EXECUTORS = {"processes": Processes, "ray": Ray}

@@ -1,6 +1,9 @@
 """The artefacts that runs share (rendered data with its tokenizer, base models, tuned teachers), and what one run does."""
 
 import json
+import math
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from transformers.utils import logging
 
 from kdlib import data, evaluate, lab, models, results, store, teachers, text, trainer
 from kdlib.losses import Objective
+from kdlib.presets import METRICS
 from kdlib.runner import Task
 
 disable_progress_bars()  # writing an artefact is a matter of milliseconds, and notebooks store what is printed
@@ -82,9 +86,9 @@ def make(root: Path, kind: str, spec: dict) -> Path:
 
 
 def _source(spec: dict, name: str) -> Callable:
-    """``corpus`` or ``origin`` of the module that reads the data of ``spec``, with the source's own arguments."""
+    """``corpus`` or ``origin`` of the module that makes the data of ``spec``, with the source's own arguments."""
     source = {k: v for k, v in spec["source"].items() if k != "kind"}
-    return partial(getattr(SOURCES[spec["source"]["kind"]], name), **source)
+    return partial(getattr(SOURCES[spec["source"]["kind"]], name, lambda **_: None), **source)  # what is drawn has no origin
 
 
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
@@ -99,11 +103,13 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
         if split == "train":
             if len(rendered) < spec["train_rows"]:
                 raise ValueError(f"train_rows={spec['train_rows']} is above the data; allowed: up to {len(rendered)} rows.")
+            report[split]["rows_not_used"] = len(rendered) - spec["train_rows"]
             rendered = rendered.select(range(spec["train_rows"]))
         elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
             clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"])
             clean.save_to_disk(folder / f"{split}-clean")
+        report[split]["distinct_prompts"] = len({json.dumps(m[:-1]) for m in rendered["messages"]})
         rendered.save_to_disk(folder / split)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -117,26 +123,23 @@ def read_data(root: Path, spec: dict) -> Bundle:
              for s in ("validation", "test") if (folder / f"{s}-clean").is_dir()}
     held = {s: load_from_disk(folder / s) for s in ("validation", "test")}
     return Bundle(train=rows, skills=list(train["skill"]), held=held, clean=clean,
-                  verify=SOURCES[spec["source"]["kind"]].verifier(spec["world_seed"]),
+                  verify=getattr(SOURCES[spec["source"]["kind"]], "verifier", lambda _: None)(spec["world_seed"]),
                   report=json.loads((folder / "report.json").read_text(encoding="utf-8")),
                   tokenizer=models.load_tokenizer(folder / "tokenizer"))
 
 
 def _build_base(root: Path, spec: dict, folder: Path) -> None:
-    p = spec["pretrain"]
-    tokenizer = models.load_tokenizer(make(root, "data", spec["data"]) / "tokenizer")
+    p, bundle = spec["pretrain"], read_data(root, spec["data"])
+    tokenizer = bundle.tokenizer
     texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
     blocks = data.pack(texts, tokenizer, p["block"], p["max_tokens"]).to_list()
-    _train(models.build_model(p["model"], tokenizer, p["seed"]), blocks, tokenizer, p, folder)
+    _train(models.build_model(p["model"], tokenizer, p["seed"]), blocks, bundle, p, folder)
 
 
 def _build_teacher(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = models.load(make(root, "base", {k: spec[k] for k in ("data", "pretrain")}), models.device())
+    model, _ = models.load(make(root, "base", {k: spec[k] for k in ("data", "pretrain")}), models.device())
     bundle = read_data(root, spec["data"])
-    _train(model, bundle.train, tokenizer, {**spec["tuning"], "seed": 0}, folder)
-    found = {split: evaluate.evaluate(model, tokenizer, rows, verify=bundle.verify)[0] for split, rows in bundle.held.items()}
-    own = {split: {k: m[k] for k in ("accuracy", "accuracy_unseen", "bits_per_byte", "nll", "ece")} for split, m in found.items()}
-    (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
+    _train(model, bundle.train, bundle, {**spec["tuning"], "seed": 0}, folder)
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
@@ -153,11 +156,12 @@ def fit(model, tokenizer, rows: list[dict], pool: list[int], how: dict, **object
         return seen, trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **objective)["train_loss"]
 
 
-def _train(model, rows: list[dict], tokenizer, how: dict, folder: Path) -> None:
-    _, loss = fit(model, tokenizer, rows, list(range(len(rows))), how)
+def _train(model, rows: list[dict], bundle: Bundle, how: dict, folder: Path) -> None:
+    fit(model, bundle.tokenizer, rows, list(range(len(rows))), how)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"train_loss": loss}), encoding="utf-8")
+    bundle.tokenizer.save_pretrained(folder)
+    own = {split: evaluate.evaluate(model, bundle.tokenizer, held, verify=bundle.verify)[0] for split, held in bundle.held.items()}
+    (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
 
 def tasks(configs: list[dict], root: Path, preset: str, experiment: str) -> list[Task]:
@@ -193,7 +197,6 @@ def hashes(root: Path, config: dict) -> dict:
 
 @lru_cache(maxsize=2)
 def _loaded(root: Path, spec: str) -> Bundle:
-    """Data shared by the runs of one worker process."""
     return read_data(root, json.loads(spec))
 
 
@@ -207,18 +210,23 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
     objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
     rows, loss = fit(student, tokenizer, bundle.train, pool, config, teacher=targets, objective=objective)
+    if not math.isfinite(loss):
+        raise ValueError(f"Run {results.run_id(config)} diverged: its training loss is {loss}; allowed: settings that keep it finite.")
     trained, split = time.perf_counter(), config["split"]
     metrics, items = evaluate.evaluate(student, tokenizer, bundle.held[split], verify=bundle.verify, clean=bundle.clean.get(split),
                                        max_new_tokens=config["max_new_tokens"], teacher=teacher)
     metrics["train_loss"] = loss
-    if tuned:
-        own = json.loads((path(root, "teacher", tuned) / "evaluation.json").read_text(encoding="utf-8"))[split]
-        metrics |= {f"teacher_{name}": value for name, value in own.items()}
-    provenance = {**results.environment(), **hashes(root, config), "device": str(student.device),
+    for name, kind, spec in (("untuned", "base", base), ("teacher", "teacher", tuned)):
+        if spec:
+            own = json.loads((path(root, kind, spec) / "evaluation.json").read_text(encoding="utf-8"))[split]
+            metrics |= {f"{name}_{k}": v for k, v in own.items()}
+    metric = METRICS["accuracy" if bundle.verify else "bits_per_byte"]
+    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), **hashes(root, config), "device": str(student.device),
                   "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
                   "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
                   "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in rows),
-                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report}
+                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report,
+                  "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
     return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
             "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
             "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config,

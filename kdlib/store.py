@@ -26,14 +26,14 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds the old content or the new, never a part."""
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write ``content`` (text as UTF-8) so that ``path`` holds the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -44,9 +44,9 @@ def write_atomic(path: str | Path, text: str) -> None:
 
 def open_folder(path: str | Path) -> Path:
     """``path`` as a results folder: made if new, taken if it has our marker; ValueError if unwritable or somebody else's."""
-    path = Path(path).expanduser().resolve()
-    marker = path / MARKER
     try:
+        path = Path(path).expanduser().resolve()
+        marker = path / MARKER
         path.mkdir(parents=True, exist_ok=True)
         if not marker.is_file():
             strangers = [p for p in path.iterdir() if p.name != ".gitignore" and not p.name.startswith(f".{MARKER}.")]
@@ -55,8 +55,9 @@ def open_folder(path: str | Path) -> Path:
                                  "give a new or empty folder, or one that this study made.")
             write_atomic(marker, json.dumps(FORMAT) + "\n")
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ValueError(f"results_dir={str(path)!r} cannot be written ({error.strerror}); give a folder that can.") from error
+    except (OSError, RuntimeError) as error:  # the second where a ~user has no home
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"results_dir={str(path)!r} cannot be written ({why}); give a folder that can.") from error
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:

@@ -1,7 +1,6 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +8,7 @@ from kdlib import results, runner, store
 from kdlib.presets import KINDS, METHODS, PRESETS, Preset
 
 SPEC_VERSION = {"lab": 3, "text": 3}  # raised whenever a change of the code changes what a configuration computes
-PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers",
-              "executor")
+PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers")
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,6 @@ class Plan:
     standard: bool
     train_missing: bool
     workers: int
-    executor: str = "processes"
 
     @property
     def ids(self) -> list[str]:
@@ -81,20 +78,21 @@ def plan(experiment: str, namespace: dict) -> Plan:
 
     budgets = numbers("budgets", 1, size, f"{size}, the rows of preset {name!r}")
     seeds = numbers("seeds", 0, 2**31, "2**31, because an interval needs two")
-    worlds = "a whole number from 0" if preset.many_worlds else f"0, because preset {name!r} has one world"
-    world = check("world_seed", given.get("world_seed", 0), int, worlds, lambda v: v >= 0 and (preset.many_worlds or v == 0))
+    one = preset.source["kind"] == "text"  # there is one world of real text
+    worlds = f"0, because preset {name!r} has one world" if one else "a whole number from 0"
+    world = check("world_seed", given.get("world_seed", 0), int, worlds, lambda v: v == 0 or (v > 0 and not one))
     alpha = check("alpha", given["alpha"], float, "a number above 0 and up to 1, the teacher's weight", lambda v: 0 < v <= 1)
-    temperature = check("temperature", given["temperature"], float, "a finite number above 0", lambda v: 0 < v < math.inf)
+    temperature = check("temperature", given["temperature"], float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
     kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)
     workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
-    executor = check("executor", given.get("executor", "processes"), str, ", ".join(runner.EXECUTORS), lambda v: v in runner.EXECUTORS)
     train = check("train_missing", given.get("train_missing", True), bool, "True or False")
-    folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own")
+    folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own",
+                   lambda v: not v or (v.strip() and "\0" not in v))
     kd = {"alpha": float(alpha), "temperature": float(temperature), **({"kind": kind} if kind != KINDS[0] else {})}
     configs = grid(preset, {"sft": METHODS["sft"], "kd": kd}, budgets, seeds, world)
     standard = configs == grid(preset, METHODS, sorted(preset.budgets), sorted(preset.seeds), 0)
     root = store.open_folder(folder or results.REPOSITORY / "results")
-    return Plan(preset, experiment, tuple(configs), root, standard, train, workers, executor)
+    return Plan(preset, experiment, tuple(configs), root, standard, train, workers)
 
 
 def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: str = "test") -> list[dict]:
@@ -126,9 +124,9 @@ def run(plan: Plan) -> list[dict]:
 
         todo = stages.tasks(missing, plan.root, plan.preset.name, plan.experiment)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute([t for t in todo if t.function is not stages.execute], plan.workers, plan.executor)
+            runner.compute([t for t in todo if t.function is not stages.execute], plan.workers)
             _check_one_origin(found + [{"provenance": stages.hashes(plan.root, c)} for c in missing], plan)
-        runner.compute(todo, plan.workers, plan.executor)
+        runner.compute(todo, plan.workers)
     records = results.read_records(plan.root, plan.preset.name, plan.ids)
     if len(records) != len(plan.ids):
         raise RuntimeError(f"{len(plan.ids) - len(records)} of {len(plan.ids)} runs are still missing; run again to go on.")

@@ -57,11 +57,12 @@ class Live:
 
 
 def weights_hash(model) -> str:
-    """SHA-256 over names, shapes and bytes of a model's weights."""
-    sha = hashlib.sha256()
+    """SHA-256 over a model's configuration and the names, shapes and bytes of its weights."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        sha.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
@@ -88,7 +89,9 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
             raise ValueError(f"{name}={value!r} is not allowed; allowed: {', '.join(ALLOWED[name])}.")
     if form not in EXACT and not 1 <= k <= (vocabulary if form == "top_k" else 2**16):
         raise ValueError(f"k={k!r} is not allowed; allowed: 1 to {vocabulary}, the size of the vocabulary.")
-    if len({r["id"] for r in rows}) != len(rows):
+    if not 1 <= shard_rows <= 1000:
+        raise ValueError(f"shard_rows={shard_rows!r} is not allowed; allowed: 1 to 1000, which Arrow keeps in one piece.")
+    if len({str(r["id"]) for r in rows}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one.")
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype,
             "rows": store.digest([[r["id"], row_hash(r)] for r in rows]), "shard_rows": shard_rows}
@@ -141,7 +144,7 @@ def _write(folder: Path, spec: dict, parts: dict[str, Callable[[Path], None]]) -
             raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")
         for name, build in parts.items():
             store.fill(folder / name, build)
-        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(parts.keys() - {"head"})}))
+        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(parts.keys() - {"head"}), "spec": store.digest(spec)}))
     return folder
 
 
@@ -164,7 +167,7 @@ def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows
         for place, i in enumerate(chunk):
             out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
     keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [row_hash(r) for r in rows]}
-    Dataset.from_dict({**keys, **{n: [o[n] for o in out] for n in out[0]}}).save_to_disk(work)
+    Dataset.from_dict({**keys, **{n: [o[n] for o in out] for n in out[0]}}).save_to_disk(work, num_shards=1)
 
 
 def _pack(model, batch, mask, spec: dict, generator) -> dict:
@@ -181,7 +184,7 @@ def _pack(model, batch, mask, spec: dict, generator) -> dict:
     top, ids = log_p.topk(spec["k"])
     if spec["tail"] == "renormalise":
         return {"ids": ids.to(small), "log_probs": (top - top.logsumexp(-1, keepdim=True)).to(kind)}
-    return {"ids": ids.to(small), "log_probs": top.to(kind), "log_tail": torch.log1p(-top.exp().sum(-1).clamp(max=1))}
+    return {"ids": ids.to(small), "log_probs": top.to(kind), "log_tail": log_p.scatter(1, ids, -math.inf).logsumexp(-1)}
 
 
 class Cached:
@@ -197,9 +200,12 @@ class Cached:
         self.shards, self.place, size, tokens = [], {}, 0, 0
         widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "entropy": 1, "log_tail": 1}
         self.widths = {n: widths.get(n, self.spec.get("k")) for n in ("logits", "hidden", "ids", "log_probs", "entropy", "log_tail")}
-        for number in range(json.loads(done.read_text())["shards"]):
+        complete = json.loads(done.read_text())
+        if complete.get("spec") != store.digest(self.spec):
+            raise ValueError(f"The cache in {folder} was changed after it was written (spec.json); write it anew in a new folder.")
+        for number in range(complete["shards"]):
             table = load_from_disk(store.check_files(self.folder / f"shard-{number:05d}")).data
-            columns = {n: table.column(n).combine_chunks() for n in table.column_names}
+            columns = {n: table.column(n).chunk(0) for n in table.column_names}  # as it lies in the file, not a copy
             arrays = {n: (c.offsets.to_numpy(), c.values.to_numpy()) for n, c in columns.items() if n in self.widths}
             for i, (key, marks) in enumerate(zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())):
                 self.place[key] = number, i, marks

@@ -95,10 +95,9 @@ def origin(**source) -> dict[str, str] | None:
 
 def _plain(source: dict) -> list[str]:
     rows = load_rows(source)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("text"), str):
-            name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
-            raise ValueError(f"{name}, row {number} has no 'text'; its columns are {sorted(row)}.")
+    if odd := next((i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), 0):
+        name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
+        raise ValueError(f"{name}, row {odd} has no 'text'; its columns are {sorted(rows[odd - 1])}.")
     return [row["text"] for row in rows if row["text"].strip()]
 
 
@@ -116,7 +115,3 @@ def _conversations(source: dict) -> tuple[dict[str, dict], int]:
         prompt = "\n".join(m["content"].strip() for m in messages if m["role"] != "assistant")
         out.setdefault(prompt, {"id": str(row.get("id")), "messages": messages, "skill": kind, "suite": "seen"})
     return out, len(rows)
-
-
-def verifier(world_seed: int) -> None:
-    """None: free text has no answer that a rule could check, so it is scored by likelihood."""

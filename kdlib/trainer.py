@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -38,7 +39,10 @@ class DistillationTrainer(Trainer):
         self.objective, self.chunk_size, self.teacher = objective, chunk_size, teacher if objective.alpha > 0 else None
         self.linear, self.vocabulary = inference.linear_head(self.model), None
         if self.teacher is not None:
-            self.vocabulary = self.teacher.prepare(self.model, self.processing_class, self.train_dataset, objective, self.args.device)
+            self.args.remove_unused_columns = False  # the ids of the examples among them
+            held = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            rows = chain.from_iterable(d or () for d in (self.train_dataset, *held))
+            self.vocabulary = self.teacher.prepare(self.model, self.processing_class, rows, objective, self.args.device)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, some with the student's own answers, and their response tokens."""
@@ -54,8 +58,9 @@ class DistillationTrainer(Trainer):
         if "position_ids" in batch:
             raise ValueError("On-policy distillation needs one conversation a row; allowed: a collator that does not pack.")
         model, tokenizer, prompts = self.accelerator.unwrap_model(self.model), self.processing_class, []
-        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
-            prompts.append(ids[:next((start for start, _ in reversed(stretches(labels)) if labels[start] != IGNORE), 0)])
+        for ids, labels, seen in zip(*(batch[k].tolist() for k in ("input_ids", "labels", "attention_mask"))):
+            start = next((start for start, _ in reversed(stretches(labels)) if labels[start] != IGNORE), 0)
+            prompts.append([t for t, real in zip(ids[:start], seen) if real])
         model.eval()
         answers = inference.generate(model, prompts, max_new_tokens=self.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
                                      eos_token_id=tokenizer.eos_token_id, temperature=1.0)

@@ -75,6 +75,27 @@ def test_skill_figure_pairs_by_seed_and_splits_scarce_from_abundant():
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["two hop", "add"]
 
 
+def test_reference_lines_are_the_teacher_and_the_untuned_student():
+    data = frame().assign(untuned_accuracy=0.05, teacher_accuracy=0.9)
+    fig, plotted = plots.score_vs_budget(data, ACC)
+    assert set(plotted.untuned) == {0.05} and set(plotted.teacher) == {0.9}
+    assert {0.05, 0.9} <= {line.get_ydata()[0] for line in fig.axes[0].lines if len(set(line.get_ydata())) == 1}
+    assert {"teacher", "untuned student"} <= set(texts(fig))
+
+
+@pytest.mark.parametrize("metric", [ACC, BPB])
+def test_nothing_is_cut_off_at_a_figures_edge(metric):
+    data = frame().rename(columns={"accuracy": metric.name}).assign(**{f"teacher_{metric.name}": 0.9})
+    skills = [f"information_extraction_{i}" for i in range(10)]
+    records = [{"method": r.method, "budget": r.budget, "seed": r.seed, "metrics": {
+        f"{metric.name}_by_skill": {s: getattr(r, metric.name) for s in skills}}} for r in data.itertuples()]
+    for fig, _ in (plots.score_vs_budget(data, metric), plots.gap_vs_budget(stats.paired_gaps(data, metric), metric),
+                   plots.skill_gaps(records, metric)):
+        fig.canvas.draw()
+        drawn, whole = fig.get_tightbbox(fig.canvas.get_renderer()), fig.bbox_inches
+        assert drawn.x0 > -0.01 and drawn.y0 > -0.01 and drawn.x1 < whole.x1 + 0.01 and drawn.y1 < whole.y1 + 0.01
+
+
 def test_saved_files_repeat_to_the_byte(tmp_path):
     for name in ("a", "b"):
         fig, plotted = plots.score_vs_budget(frame(), ACC)

@@ -135,8 +135,12 @@ def test_the_readmes_claims_are_those_of_the_results():
 
 def test_the_lab_is_as_the_readme_puts_it():
     table = pd.read_csv(RESULTS / "lab" / "tables" / "data_budget.csv").sort_values("budget")
-    few, many = table[table.budget < 800], table[table.budget >= 1600]
-    assert (few.ci_low > 0).all() and (many.gap < 0).all() and (many.ci_high > 0).mean() > 0.5
+    assert (table[table.budget < 800].ci_low > 0).all() and (table[table.budget >= 1600].ci_high < 0).all()
+    by_skill = pd.read_csv(RESULTS / "lab" / "tables" / "by_skill.csv").set_index("skill")
+    assert (by_skill.kd - by_skill.sft).idxmin() == "translate" and by_skill.teacher.idxmin() == "translate"
+    assert by_skill.teacher["translate"] < 0.1 < 0.5 < by_skill.sft["translate"]
+    others = by_skill.drop("translate")
+    assert (others.kd - others.sft).mean() > 0
 
 
 def test_the_readmes_files_and_make_targets_exist():
@@ -160,6 +164,17 @@ def test_the_data_dictionary_knows_every_field():
             assert columns <= words, columns - words
         for claim in json.loads((RESULTS / name / "claims.json").read_text()):
             assert set(claim) <= words
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "bench").glob("*.json")), ids=lambda p: p.stem)
+def test_a_benchmark_says_where_and_how_often_it_measured(path):
+    record, words = json.loads(path.read_text()), set(re.findall(r"`([^`\n]+)`", (RESULTS / "README.md").read_text(encoding="utf-8")))
+    assert record["environment"]["code_dirty"] is False and record["packages"]["torch"] == "2.13.0" and record["device"]
+    for row in record["found"].values():
+        for name, value in (row if isinstance(row, dict) else {}).items():
+            assert name in words, name
+            if isinstance(value, dict):
+                assert value["min"] <= value["median"] <= value["max"] and value["n"] >= 5
 
 
 def test_nothing_names_a_machines_folders():

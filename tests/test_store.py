@@ -45,6 +45,11 @@ def test_what_a_killed_opening_left_is_no_stranger(tmp_path):
     assert json.loads((store.open_folder(tmp_path) / store.MARKER).read_text()) == store.FORMAT
 
 
+def test_a_home_that_nobody_has_is_refused():
+    with pytest.raises(ValueError, match="results_dir='~nobody_at_all/x' cannot be written"):
+        store.open_folder("~nobody_at_all/x")
+
+
 def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"results_dir='.*file/under' cannot be written \(Not a directory\)"):

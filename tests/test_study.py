@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from tiny import TINY, plan
 
-from kdlib import data, results, stages, stats, store, study
+from kdlib import data, evaluate, models, results, stages, stats, store, study
 from kdlib.presets import METHODS, PRESETS
 
 
@@ -29,7 +29,9 @@ def make(tmp_path, **parameters):
     ({"seeds": [0, 0]}, "two different"), ({"seeds": [True, False]}, "whole numbers"), ({"seeds": 3}, "seeds=3 has type int"),
     ({"world_seed": -1}, "world_seed=-1"), ({"world_seed": "0"}, "world_seed='0' has type str"),
     ({"alpha": 0}, "alpha=0 is not allowed; allowed: a number above 0 and up to 1"), ({"alpha": "1e-1"}, "alpha='1e-1' has type str"),
-    ({"temperature": 0.0}, "temperature=0.0"), ({"temperature": math.inf}, "temperature=inf is not allowed; allowed: a finite number"),
+    ({"temperature": 0.0}, "temperature=0.0"), ({"temperature": math.inf}, "temperature=inf is not allowed; allowed: a number from 0.01 to 100"),
+    ({"temperature": 1e-40}, "temperature=1e-40 is not allowed"), ({"temperature": 10**400}, "temperature=1000"),
+    ({"results_dir": " "}, "results_dir=' ' is not allowed"), ({"results_dir": "a\0b"}, "is not allowed; allowed: a folder as text"),
     ({"temperature": math.nan}, "temperature=nan"), ({"alpha": math.nan}, "alpha=nan"),
     ({"preset": "realtext", "world_seed": 7}, "world_seed=7 is not allowed; allowed: 0, because preset 'realtext' has one world"), ({"workers": -1}, "workers=-1"), ({"workers": True}, "workers=True has type bool"),
     ({"train_missing": "no"}, "train_missing='no' has type str; allowed: True or False"), ({"results_dir": 5}, "results_dir=5 has type int")])
@@ -88,6 +90,8 @@ def test_records_hold_what_the_dictionary_says(tiny_records):
         assert {"code_version", "code_dirty", "packages", "device", "dtype", "wall_s", "cpu_s", "tokens", "data_hash"} <= set(p)
         assert p["tokens"] > p["response_tokens"] > 0 and p["data_report"]["train"]["answer_tokens_cut"] == 0
         assert len(r["items"]["id"]) == len(r["items"]["correct"]) == 60
+        assert p["metric"] == "accuracy" and p["higher_is_better"] is True and 100 < p["peak_memory_mib"] < 8000
+        assert p["data_report"]["train"]["rows_not_used"] == 0 and 0 < p["data_report"]["train"]["distinct_prompts"] <= 200
     hashes = {(p["data_hash"], p["student_hash"]) for p in (r["provenance"] for r in tiny_records)}
     assert len(hashes) == 1 and len({r["provenance"]["teacher_hash"] for r in tiny_records if r["method"] == "kd"}) == 1
     assert len({json.dumps(r["metrics"]) for r in tiny_records}) == 8, "every run is another model"
@@ -102,6 +106,34 @@ def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
         assert again["metrics"] == wanted["metrics"] and again["items"] == wanted["items"]
         for part in ("data_hash", "student_hash", "teacher_hash"):
             assert again["provenance"][part] == wanted["provenance"][part]
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_teacher_and_untuned_student_are_scored_as_the_student_is(tiny_root, tiny_records, split):
+    config = next(r["config"] for r in tiny_records if r["method"] == "kd")
+    bundle = stages.read_data(tiny_root, config["data"])
+    for name, kind, spec in zip(("untuned", "teacher"), ("base", "teacher"), stages.model_specs(config)):
+        folder = stages.path(tiny_root, kind, spec)
+        model, tokenizer = models.load(folder)
+        wanted = evaluate.evaluate(model, tokenizer, bundle.held[split], verify=bundle.verify)[0]
+        assert json.loads((folder / "evaluation.json").read_text())[split] == wanted
+        for r in tiny_records if split == "test" else ():
+            own = {k: r["metrics"].get(f"{name}_{k}") for k in wanted}
+            assert (own["accuracy_by_skill"] == wanted["accuracy_by_skill"]) is (name == "untuned" or r["method"] == "kd")
+            assert r["metrics"]["untuned_nll"] > r["metrics"]["nll"]
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_records, tmp_path, monkeypatch):
+    from kdlib import trainer
+
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_root, root)
+    record = tiny_records[0]
+    results.record_path(root, "tiny", record["run_id"]).unlink()
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: {"train_loss": math.nan})
+    with pytest.raises(ValueError, match=f"Run {record['run_id']} diverged: its training loss is nan"):
+        stages.execute(root, "tiny", "data_budget", record["config"])
+    assert not results.record_path(root, "tiny", record["run_id"]).exists()
 
 
 def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):

@@ -1,11 +1,7 @@
-import json
 import math
-import os
-import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kdlib import data, evaluate, inference, lab, models, teachers
 from kdlib.losses import Hidden, Objective, distillation_loss

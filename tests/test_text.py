@@ -164,7 +164,3 @@ def test_rows_that_share_a_system_prompt_are_not_duplicates(folder):
     corpus = text.corpus(0, pretrain=local("plain.jsonl"), train=local("system.jsonl"), test=local("test.jsonl"),
                          validation_rows=1, test_rows=1)
     assert corpus.report["duplicate_prompts_dropped"] == 1 and len(corpus.train) == 6
-
-
-def test_free_text_has_no_verifier():
-    assert text.verifier(0) is None

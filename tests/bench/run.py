@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 CUDA = torch.cuda.is_available()
 DEVICE = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} cpu"
 ENGINES = [e for e in ("trl", "live", "hidden", "top64", "sft") if e != "trl" or importlib.util.find_spec("trl")]
+CHUNKS = ("chunked 16", "chunked 64", "chunked 256")
 LOSSES = [(8192, 128256, 1.0), (8192, 128256, 0.25), (4096, 128256, 0.25), (8192, 32000, 0.25)] if CUDA else [
     (1024, 32000, 1.0), (1024, 32000, 0.25), (2048, 32000, 0.25), (2048, 8000, 0.25)]
 
@@ -92,11 +93,14 @@ def losses(rounds: int) -> dict:
     """Peak memory and time of the chunked loss against the naive form, over tokens, vocabulary and share of the response."""
     out = {}
     for tokens, vocabulary, share in LOSSES:
-        found = alternating("loss.py", ("naive", "chunked"), rounds, tokens, vocabulary, share)
-        row = {f"{form}_{k}": spread(r[k] for r in runs) for form, runs in found.items() for k in ("peak_mib", "seconds")}
+        found = alternating("loss.py", ("naive", "chunked", *CHUNKS), rounds, tokens, vocabulary, share)
+        row = {f"{form}_{k}": spread(r[k] for r in found[form]) for form in ("naive", "chunked") for k in ("peak_mib", "seconds")}
         row |= {f"naive_over_chunked_{k}": ratio(found["naive"], found["chunked"], k) for k in ("peak_mib", "seconds")}
         row["relative_difference_of_loss"] = abs(found["chunked"][0]["loss"] / found["naive"][0]["loss"] - 1)
-        out[f"{tokens} tokens, vocabulary {vocabulary}, share {share}"] = row
+        case = f"{tokens} tokens, vocabulary {vocabulary}, share {share}"
+        out[case] = row
+        for form in CHUNKS:
+            out[f"{case}, {form} rows"] = {k: spread(r[k] for r in found[form]) for k in ("peak_mib", "seconds")}
     return out
 
 
@@ -110,7 +114,7 @@ def caches(rounds: int) -> dict:
 
 def main(rounds: int = 5) -> None:
     """Run everything; each benchmark writes its record as it ends."""
-    packages = {p: version(p) for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
+    packages = {p: version(p).split("+")[0] for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
     for name, bench in (("steps", steps), ("loss", losses), ("cache", caches)):
         record = {"benchmark": name, "about": bench.__doc__, "device": DEVICE, "threads": 2, "packages": packages,
                   "environment": results.environment(), "found": bench(rounds)}

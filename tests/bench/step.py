@@ -15,10 +15,10 @@ import time
 import torch
 
 CACHES = {"hidden": {"form": "hidden"}, "top64": {"form": "top_k", "k": 64}}
-SIZES = {
-    "lab": {"vocabulary": 500, "student": (3, 96), "teacher": (4, 160), "rows": 32, "prompt": (6, 16), "answer": (4, 10), "steps": 60},
-    "mid": {"vocabulary": 31990, "student": (4, 256), "teacher": (6, 512), "rows": 8, "prompt": (64, 192), "answer": (32, 96), "steps": 9},
-    "large": {"vocabulary": 128240, "student": (16, 2048), "teacher": (32, 4096), "rows": 8, "prompt": (512, 768), "answer": (256, 256),
+SIZES = {  # the tokenizer adds six special tokens to the vocabulary
+    "lab": {"vocabulary": 506, "student": (3, 96), "teacher": (4, 160), "rows": 32, "prompt": (6, 16), "answer": (4, 10), "steps": 60},
+    "mid": {"vocabulary": 31994, "student": (4, 256), "teacher": (6, 512), "rows": 8, "prompt": (64, 192), "answer": (32, 96), "steps": 9},
+    "large": {"vocabulary": 128250, "student": (16, 2048), "teacher": (32, 4096), "rows": 8, "prompt": (512, 768), "answer": (256, 256),
               "steps": 9},
 }
 
