@@ -1,14 +1,10 @@
 """Write the README's tables anew from what is committed under results: ``python .ci/readme.py``."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from kdlib import results, store
-
-NAMES = {"trl": "TRL's GKD trainer", "live": "kdlib, live teacher", "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64",
-         "sft": "kdlib, SFT"}
 
 
 def markdown(head, rows) -> str:
@@ -27,7 +23,8 @@ def skills(root: Path) -> str:
     table, lines = pd.read_csv(root / "lab" / "tables" / "without_skill.csv"), []
     for claim in results.read_claims(root / "lab"):
         rows = table[(table.claim == claim["claim"]) & (table.verdict != claim["verdict"])]
-        changes = [f"*{r.verdict}* without `{r.left_out}` ({r.estimate:+.4f} [{r.ci_low:+.4f}, {r.ci_high:+.4f}])" for r in rows.itertuples()]
+        changes = [f"*{r.verdict}* without `{r.left_out}` ({r.estimate:+.4f} [{r.ci_low:+.4f}, {r.ci_high:+.4f}])"
+                   for r in rows.itertuples()]
         least = table[table.claim == claim["claim"]].sort_values("estimate").iloc[0]
         stays = (f"stays so whichever is left out; least without `{least.left_out}` ({least.estimate:+.4f} "
                  f"[{least.ci_low:+.4f}, {least.ci_high:+.4f}])")
@@ -36,22 +33,9 @@ def skills(root: Path) -> str:
     return "\n".join(lines)
 
 
-def engine(root: Path) -> str:
-    """Time and memory of a training step, one row an engine, device and size."""
-    rows = []
-    for path in sorted(root.glob("bench/*-steps.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for name, row in record["found"].items():
-            size, kind = name.split(", ")
-            if kind in NAMES:
-                ratios = [f"{row[k]['median']:.2f}×" if k in row else "" for k in ("faster_than_trl", "memory_of_trl", "step_of_sft")]
-                rows.append([record["device"], size, NAMES[kind], f"{1000 * row['step_s']['median']:.0f} ms", *ratios])
-    return markdown(["device", "size", "engine", "a step", "faster than TRL", "memory of TRL's", "time of an SFT step"], rows)
-
-
 def generated(text: str, root: Path) -> str:
     """The README's text with what stands between its markers made anew."""
-    for name, make in (("claims", claims), ("skills", skills), ("engine", engine)):
+    for name, make in (("claims", claims), ("skills", skills)):
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if start in text:
             head, rest = text.split(start)

@@ -86,15 +86,18 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
     """
     answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    own, model.generation_config = model.generation_config, GenerationConfig()  # its habits (top_p, penalties) are not its distribution
+    habits = model.generation_config  # a model's top_p or penalties are not its distribution
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         width = max(len(prompts[i]) for i in chunk)
         ids = torch.tensor([[pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in chunk], device=model.device)
         seen = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=model.device)
-        out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
-                             eos_token_id=eos_token_id, **how)[:, width:].tolist()
+        try:
+            model.generation_config = GenerationConfig()
+            out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
+                                 eos_token_id=eos_token_id, **how)[:, width:].tolist()
+        finally:
+            model.generation_config = habits
         for i, answer in zip(chunk, out):
             answers[i] = answer[:answer.index(eos_token_id) + 1] if eos_token_id in answer else answer
-    model.generation_config = own
     return answers

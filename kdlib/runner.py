@@ -26,9 +26,9 @@ class Task(NamedTuple):
 def compute(tasks: list[Task], workers: int = 0) -> None:
     """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
 
-    They run in processes on this machine, or on the Ray cluster that RAY_ADDRESS names. ``workers=0`` takes as many as there are: a
-    process per core, or one in all where an accelerator does the work; on Ray one per core or accelerator of the cluster. A task that fails stops the rest from
-    starting; what was running finishes, and the error is raised.
+    They run in processes on this machine, or on the Ray cluster that RAY_ADDRESS names. ``workers=0`` takes a process per core, or
+    one in all where an accelerator does the work; on Ray, one per core or accelerator of the cluster. A task that fails stops the
+    rest from starting; what was running finishes, and the error is raised.
     """
     waiting, done, running, failure, busy = list(tasks), set(), {}, None, 0.0
     bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0,
@@ -73,11 +73,7 @@ class Processes(ProcessPoolExecutor):
 
 def _start_worker() -> None:
     """An end of its own when the parent is killed."""
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
     _quiet()
 
 

@@ -130,10 +130,9 @@ def read_data(root: Path, spec: dict) -> Bundle:
 
 def _build_base(root: Path, spec: dict, folder: Path) -> None:
     p, bundle = spec["pretrain"], read_data(root, spec["data"])
-    tokenizer = bundle.tokenizer
     texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
-    blocks = data.pack(texts, tokenizer, p["block"], p["max_tokens"]).to_list()
-    _train(models.build_model(p["model"], tokenizer, p["seed"]), blocks, bundle, p, folder)
+    blocks = data.pack(texts, bundle.tokenizer, p["block"], p["max_tokens"]).to_list()
+    _train(models.build_model(p["model"], bundle.tokenizer, p["seed"]), blocks, bundle, p, folder)
 
 
 def _build_teacher(root: Path, spec: dict, folder: Path) -> None:
@@ -211,7 +210,7 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
     rows, loss = fit(student, tokenizer, bundle.train, pool, config, teacher=targets, objective=objective)
     if not math.isfinite(loss):
-        raise ValueError(f"Run {results.run_id(config)} diverged: its training loss is {loss}; allowed: settings that keep it finite.")
+        raise ValueError(f"Run {results.run_id(config)} diverged (training loss {loss}); allowed: settings that keep it finite.")
     trained, split = time.perf_counter(), config["split"]
     metrics, items = evaluate.evaluate(student, tokenizer, bundle.held[split], verify=bundle.verify, clean=bundle.clean.get(split),
                                        max_new_tokens=config["max_new_tokens"], teacher=teacher)
@@ -221,12 +220,14 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
             own = json.loads((path(root, kind, spec) / "evaluation.json").read_text(encoding="utf-8"))[split]
             metrics |= {f"{name}_{k}": v for k, v in own.items()}
     metric = METRICS["accuracy" if bundle.verify else "bits_per_byte"]
-    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), **hashes(root, config), "device": str(student.device),
-                  "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-                  "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
-                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in rows),
+    kib = 2**10 if sys.platform == "darwin" else 1  # what getrusage counts in
+    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(),
+                  **hashes(root, config), "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
+                  "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
+                  "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
+                  "tokens": sum(len(r["input_ids"]) for r in rows),
                   "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report,
-                  "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
+                  "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // kib // 1024}
     return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
             "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
             "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config,

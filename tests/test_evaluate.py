@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from kdlib import data, evaluate, lab
+from kdlib.inference import generate
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,21 @@ def test_batched_generation_equals_one_at_a_time(teacher, tokenizer, held):
         expected.append(tokenizer.decode(ids[len(prompt):], skip_special_tokens=True))
     assert evaluate.replies(teacher, tokenizer, conversations, 5) == expected
     assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_is_the_models_distribution_and_not_its_habits(teacher, tokenizer, held, temperature):
+    prompts = [ids[:4] for ids in held["input_ids"][:12]]
+    how = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": 1, "temperature": temperature}
+    torch.manual_seed(5)
+    plain = generate(teacher, prompts, **how)
+    teacher.generation_config.update(top_p=0.01, repetition_penalty=5.0, temperature=0.2, do_sample=True)
+    habits = teacher.generation_config
+    torch.manual_seed(5)
+    assert generate(teacher, prompts, **how) == plain and teacher.generation_config is habits
+    with pytest.raises(Exception):
+        generate(teacher, [[10**6]], **how)
+    assert teacher.generation_config is habits, "after an error too"
 
 
 def test_accuracy_asks_the_verifier_about_each_row(student, tokenizer, held, monkeypatch):

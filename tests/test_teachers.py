@@ -1,5 +1,7 @@
+import json
 import math
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -196,3 +198,41 @@ def test_answers_are_kept_by_shards_and_not_mixed(student, teacher, tokenizer, a
         write_answers(tmp_path / "cut", student, tokenizer, asked, **how)
     with pytest.raises(ValueError, match="was made with another temperature"):
         write_answers(tmp_path / "cut", teacher, tokenizer, asked, **{**how, "temperature": 0.0})
+
+
+def test_a_cache_is_mapped_and_not_copied(teacher, tokenizer, examples, tmp_path):
+    folder = write_cache(tmp_path / "cache", teacher, tokenizer, examples, form="full", dtype="float32")
+    before = pa.total_allocated_bytes()
+    opened = Cached(folder)
+    size = sum(values.nbytes for arrays in opened.shards for _, values in arrays.values())
+    assert size > 100_000 and pa.total_allocated_bytes() - before < size / 10
+    with pytest.raises(ValueError, match="shard_rows=1001 is not allowed; allowed: 1 to 1000"):
+        write_cache(tmp_path / "big", teacher, tokenizer, examples, shard_rows=1001)
+
+
+def test_another_configuration_is_another_teacher(teacher, tokenizer, examples, tmp_path):
+    write_cache(tmp_path / "cache", teacher, tokenizer, examples)
+    teacher.config.rope_parameters["rope_theta"] = 5.0
+    with pytest.raises(ValueError, match="was made with another teacher"):
+        write_cache(tmp_path / "cache", teacher, tokenizer, examples)
+
+
+def test_an_edited_manifest_is_refused(teacher, tokenizer, examples, tmp_path):
+    folder = write_cache(tmp_path / "cache", teacher, tokenizer, examples)
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps({**spec, "temperature": 2.0}))
+    with pytest.raises(ValueError, match=r"was changed after it was written \(spec.json\)"):
+        Cached(folder)
+
+
+def test_rows_without_a_target_each_are_refused(student, teacher, tokenizer, examples, tmp_path):
+    found, logits, targets, _ = rows_of(cache(tmp_path / "c", teacher, tokenizer, examples), student, tokenizer, examples)
+    short = found._replace(ids=found.ids[:-1], log_probs=found.log_probs[:-1], log_tail=found.log_tail[:-1])
+    with pytest.raises(ValueError, match="both need one for each response token"):
+        distillation_loss(logits, targets, short, num_items=1)
+
+
+def test_ids_that_read_the_same_are_refused(teacher, tokenizer, examples, tmp_path):
+    twins = [{**examples[0], "id": 1}, {**examples[1], "id": "1"}]
+    with pytest.raises(ValueError, match="Rows need ids of their own"):
+        write_cache(tmp_path / "twins", teacher, tokenizer, twins)

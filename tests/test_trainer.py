@@ -219,6 +219,39 @@ def test_on_policy_answers_are_the_students_and_nothing_after_their_end(student,
     assert len(lengths) > 1 and min(lengths) < 40
 
 
+def test_on_policy_prompts_hold_no_padding(student, teacher, rows, tmp_path, tokenizer):
+    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher), lmbda=1.0, max_new_tokens=4)
+    batch = batch_of(rows)
+    left = {k: torch.nn.functional.pad(v, (5, 0), value=-100 if k == "labels" else 0) for k, v in batch.items()}
+    answers = []
+    for given in (batch, left):
+        torch.manual_seed(3)
+        answers.append(learner.own_answers(given))
+    assert all(torch.equal(answers[0][k], answers[1][k]) for k in answers[0])
+
+
+def test_a_cached_teacher_takes_the_usual_arguments_and_knows_the_evaluation_rows(student, teacher, rows, tmp_path, tokenizer):
+    named = [{"id": f"r{i}", **{k: rows[i][k] for k in ("input_ids", "labels")}} for i in range(24)]
+    cached = Cached(write_cache(tmp_path / "cache", teacher, tokenizer, named[:16]))
+    args = TrainingArguments(tmp_path / "out", report_to=[], use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True)
+    how = {"args": args, "processing_class": tokenizer, "data_collator": data.Collator(0), "teacher": cached, "objective": Objective(1.0)}
+    learner = trainer.DistillationTrainer(model=student, train_dataset=named[:16], eval_dataset=named[:16], **how)
+    learner.train()
+    assert 0 < learner.evaluate()["eval_loss"] < 100
+    for held in (named[16:], {"a": named[:8], "b": named[16:]}):
+        with pytest.raises(ValueError, match="has no example 'r16'"):
+            trainer.DistillationTrainer(model=student, train_dataset=named[:16], eval_dataset=held, **how)
+
+
+def test_a_hook_on_the_head_outlives_the_loss(student, rows, tmp_path, tokenizer):
+    calls, plain = [], student.lm_head.forward
+    student.lm_head.forward = lambda hidden: calls.append(1) or plain(hidden)
+    loss_of(student, batch_of(rows), tmp_path)
+    before = len(calls)
+    full_logits(student, batch_of(rows))
+    assert len(calls) == before + 1
+
+
 def test_the_on_policy_share_is_that_of_the_batches(student, teacher, rows, tmp_path, tokenizer, monkeypatch):
     counts = {}
     for lmbda in (0.0, 0.4, 1.0):
