@@ -1,10 +1,12 @@
 """Chat data, a ``datasets.Dataset`` with ``messages``: render with a loss mask, subset by budget, batch."""
 
 import hashlib
+import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -57,13 +59,20 @@ def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[
     return ids[:cut] + ids[cut + excess:], labels[:cut] + labels[cut + excess:]
 
 
-def render(dataset: Dataset, tokenizer, max_length: int) -> tuple[Dataset, dict]:
-    """Add ``input_ids`` and ``labels``; rows whose answer alone does not fit are dropped. Returns (dataset, what was counted)."""
+def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False) -> tuple[Dataset, dict]:
+    """Add ``input_ids`` and ``labels``. Returns (dataset, what was counted).
+
+    Prompts are shortened to fit ``max_length`` tokens; rows whose answer leaves too little room are a ValueError, or with ``drop``
+    left out and counted.
+    """
     rows, report = [], dict.fromkeys(("prompts_shortened", "prompt_tokens_cut", "answer_tokens_cut", "rows_dropped",
                                       "response_tokens"), 0) | {"rows": len(dataset)}
     for i, messages in enumerate(dataset["messages"]):
         full, labels = encode(messages, tokenizer)
         if (fitted := shorten_prompt(full, labels, max_length)) is None:
+            if not drop:
+                raise ValueError(f"max_length={max_length} would cut the answer of row {i}, which has {len(full)} tokens, "
+                                 f"{sum(t != IGNORE for t in labels)} of them answer; allowed: more, or drop=True to leave it out.")
             report["rows_dropped"] += 1
             continue
         response = sum(t != IGNORE for t in fitted[1])
@@ -121,37 +130,53 @@ def example_key(identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(str(identifier).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def bins(lengths: list[int], width: int) -> list[list[int]]:
-    """Indices of ``lengths`` in bins of at most ``width``: longest first, each into the first bin with room."""
-    out = [[] for _ in lengths]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        next(place for place in out if not place or sum(lengths[j] for j in place) + lengths[i] <= width).append(i)
-    return [place for place in out if place]
+def places(lengths: list[int]) -> list[list[int]]:
+    """Indices of ``lengths`` on the fewest padded tokens found: one a place, or some that share places of up to twice the longest."""
+    best, longest = [[i] for i in range(len(lengths))], max(lengths)
+    tokens, order = longest * len(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for count in range(-(-sum(lengths) // (2 * longest)), len(lengths)):
+        if count * longest >= tokens:
+            break
+        found = [(0, place, []) for place in range(count)]
+        for i in order:  # the longest that is left into the emptiest place
+            total, place, members = found[0]
+            heapq.heapreplace(found, (total + lengths[i], place, [*members, i]))
+        if (width := max(found)[0]) <= 2 * longest and count * width < tokens:
+            tokens, best = count * width, [members for *_, members in sorted(found, key=lambda f: f[1])]
+    return best
 
 
 @dataclass
 class Collator:
-    """Batches of ``input_ids`` and ``labels``, padded on the right; rows with an ``id`` add ``example``, in order of place."""
+    """Batches of ``input_ids`` (B, L) and ``labels`` (B, L + 1), padded on the right.
+
+    A row's last token predicts nothing and is a label only. Rows with an ``id`` add ``example``, in order of place. With ``pack``
+    rows share sequences where that saves a tenth, and ``position_ids`` start anew with each.
+    """
 
     pad_token_id: int
-    pack: bool = False  # share sequences of twice the width where it saves a tenth; ``position_ids`` start anew with each row
+    pack: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        lengths = [len(r["input_ids"]) for r in rows]
-        width, places = max(lengths), [[i] for i in range(len(rows))]
-        packed = bins(lengths, 2 * width) if self.pack else places
-        if shared := 2 * len(packed) <= 0.9 * len(rows):
-            width, places = 2 * width, packed
-        columns = {"input_ids": [], "labels": [], "position_ids" if shared else "attention_mask": []}
-        for place in places:
-            ids, labels, marks = [], [], []
+        lengths = [max(1, len(r["input_ids"]) - 1) for r in rows]
+        order, width = places(lengths) if self.pack else [], max(lengths)
+        packed = max((sum(lengths[i] for i in place) for place in order), default=0)
+        if shared := 0 < len(order) * packed <= 0.9 * len(rows) * width:
+            width = packed
+        else:
+            order = [[i] for i in range(len(rows))]
+        kind = "position_ids" if shared else "attention_mask"
+        ids, labels, marks = (np.full((len(order), n), filler) for n, filler in (
+            (width, self.pad_token_id), (width + 1, IGNORE), (width, 0)))
+        for line, place in enumerate(order):
+            start = 0
             for i in place:
-                ids += rows[i]["input_ids"]
-                labels += [IGNORE, *rows[i]["labels"][1:]]  # nothing before a row predicts its first token
-                marks += range(lengths[i]) if shared else [1] * lengths[i]
-            for column, part, filler in zip(columns.values(), (ids, labels, marks), (self.pad_token_id, IGNORE, 0)):
-                column.append(part + [filler] * (width - len(part)))
-        batch = {name: torch.tensor(column) for name, column in columns.items()}
+                end = start + lengths[i]
+                ids[line, start:end] = rows[i]["input_ids"][:lengths[i]]
+                labels[line, start + 1:start + len(rows[i]["labels"])] = rows[i]["labels"][1:]  # nothing predicts the first
+                marks[line, start:end] = range(lengths[i]) if shared else 1
+                start = end
+        batch = {name: torch.from_numpy(column) for name, column in (("input_ids", ids), ("labels", labels), (kind, marks))}
         if "id" in rows[0]:
-            batch["example"] = torch.tensor([example_key(rows[i]["id"]) for place in places for i in place])
+            batch["example"] = torch.tensor([example_key(rows[i]["id"]) for place in order for i in place])
         return batch

@@ -45,7 +45,7 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -
     for start in range(0, len(order), BATCH):
         chunk = order[start:start + BATCH]
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
-        mask, targets = response_rows(batch["labels"])
+        mask, targets = response_rows(batch)
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
         log_q = F.log_softmax(response_logits(model, batch, mask).float(), -1)
         best, guess = log_q.max(-1)

@@ -1,5 +1,7 @@
 """What a causal LM says: its hidden states or logits at chosen positions only, and its own answers."""
 
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import nn
 from transformers import GenerationConfig
@@ -10,10 +12,14 @@ from kdlib.losses import Head, Hidden
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def response_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(mask, targets)``: positions (B, L) whose next token is a response token, and those tokens (N,)."""
-    nxt = torch.full_like(labels, IGNORE)
-    nxt[:, :-1] = labels[:, 1:]
+def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(mask, targets)``: positions (B, L) of ``input_ids`` whose next token is a response token, and those tokens (N,).
+
+    ``labels`` are (B, L), or one wider where a row's last token is a label only.
+    """
+    nxt = torch.full_like(batch["input_ids"], IGNORE)
+    found = batch["labels"][:, 1:]
+    nxt[:, :found.shape[1]] = found
     mask = nxt != IGNORE
     return mask, nxt[mask]
 
@@ -31,50 +37,97 @@ def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> to
         handle.remove()
 
 
+@contextmanager
+def _doing(module, forward):
+    """``module`` with another ``forward`` for a while."""
+    own = vars(module).get("forward")  # of a library that hooks modules
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        vars(module).update({"forward": own} if own else {})
+
+
 def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
     """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass.
 
-    Inside it, parameters that a wrapper shards or synchronises (``wrapped``, if it is not ``model`` itself) are whole.
+    Inside it, parameters that a wrapper shards or synchronises (``wrapped``, if it is not ``model`` itself) are whole. What comes
+    after the last attention is done at ``mask`` alone where that is known how: nothing else would be read.
     """
-    head, results = model.get_output_embeddings(), []
-    own = vars(head).get("forward")  # of a library that hooks modules
+    results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
+    where = mask.nonzero(as_tuple=True)
 
     def forward(hidden):
-        results.append(compute(hidden[mask]))
+        results.append(compute(hidden[where] if norm is None else hidden[0]))
         # A wrapper looks from the output for the parameters in use; the model may scale or cap what it takes for logits.
         return results[0].sum() * hidden.new_ones(1, 1, 1)
 
-    head.forward = forward
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(_doing(head, forward))
+        if norm is not None:
+            dense, last = feed_forward.forward, norm.forward
+            stack.enter_context(_doing(feed_forward, lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
+            stack.enter_context(_doing(norm, lambda x: last(x[where])[None]))
         (wrapped or model)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False)
-    finally:
-        del head.forward
-        vars(head).update({"forward": own} if own else {})
     return results[0]
+
+
+def _after_attention(model) -> tuple:
+    """The last layer's dense feed-forward part and the final norm in the layout of Llama; Nones elsewhere and if done twice."""
+    decoder = model.get_decoder()
+    layer, norm = (getattr(decoder, "layers", None) or [None])[-1], getattr(decoder, "norm", None)
+    dense = getattr(layer, "mlp", None)
+    known = norm is not None and type(dense).__name__.endswith("MLP") and not getattr(layer, "gradient_checkpointing", False)
+    return (dense, norm) if known else (None, None)
 
 
 @torch.no_grad()
 def linear_head(model) -> dict | None:
     """``scale`` and ``softcap`` with which :class:`~kdlib.losses.Head` gives the model's own logits; None if it cannot.
 
-    Read from the configuration and checked on a few tokens, so that any other model falls back to its own forward pass.
+    Read from the configuration and checked, on a few tokens and on logits of every size, so that any other model falls back to
+    its own forward pass.
     """
     module, config = model.get_output_embeddings(), model.config
     if type(module) is not nn.Linear:
         return None
     found = {"scale": getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1),
              "softcap": getattr(config, "final_logit_softcapping", None)}
-    ids = torch.arange(4, device=module.weight.device)[None] % config.vocab_size
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    inputs, width = _few_tokens(model), module.weight.shape[0]
+    mask = torch.arange(4, device=module.weight.device)[None] % 2 == 1
+    large = torch.linspace(-99, 99, width).to(module.weight)
     training = model.training
     model.eval()
     try:
-        own = response_logits(model, inputs, mask).float()
-        ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, Head(module.weight, module.bias, **found)).logits).float()
+        own = [response_logits(model, inputs, mask).float()]
+        ours = [at_head(model, inputs, mask, lambda hidden: Hidden(hidden, Head(module.weight, module.bias, **found)).logits).float()]
+        with _doing(module, lambda hidden: large.expand(*hidden.shape[:-1], width)):
+            own.append(model(**inputs, use_cache=False).logits[0].float())
+        ours.append(Head(module.weight, **found).shape(large).float())
     finally:
         model.train(training)
-    return found if torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max())) else None
+    return found if all(torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max())) for a, b in zip(own, ours)) else None
+
+
+@torch.no_grad()
+def keeps_rows_apart(model) -> bool:
+    """Whether ``position_ids`` that start anew keep rows that share a sequence from reading each other, as packing needs."""
+    training, alone = model.training, _few_tokens(model)["input_ids"]
+    model.eval()
+    try:
+        once = model(input_ids=alone, use_cache=False).logits[:, 1:]
+        marks = torch.arange(4, device=model.device).repeat(2, 2)
+        twice = model(input_ids=alone.flip(1).repeat(2, 2).scatter(1, marks[:, :4] + 4, alone.repeat(2, 1)), position_ids=marks,
+                      use_cache=False).logits[:, 5:]
+    finally:
+        model.train(training)
+    return torch.allclose(once.expand_as(twice), twice, rtol=1e-2, atol=1e-2 * float(once.abs().max()))
+
+
+def _few_tokens(model) -> dict:
+    ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()

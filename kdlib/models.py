@@ -45,13 +45,10 @@ def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> Llama
     return LlamaForCausalLM(config)
 
 
-def common_vocabulary(student, teacher, student_width: int, teacher_width: int) -> int | None:
-    """The number of tokens that two tokenizers share, id by id (heads may be padded beyond). None without; ValueError if unlike."""
+def common_vocabulary(student, teacher, student_width: int, teacher_width: int) -> int:
+    """The number of tokens that two tokenizers share, id by id; heads may be padded beyond. ValueError, naming tokens, if unlike."""
     if student is None or teacher is None:
-        if student_width != teacher_width:
-            raise ValueError(f"The student predicts {student_width} tokens and the teacher {teacher_width}; give both tokenizers, "
-                             "so that it can be seen whether the extra columns are padding.")
-        return None
+        raise ValueError("Distillation needs the tokenizers of student (processing_class) and teacher, to compare their tokens.")
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     ids = theirs | ours
     if odd := sorted((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: (ids[t], t)):

@@ -99,7 +99,7 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
     report = {"loading": corpus.report}
     for split in ("train", "validation", "test"):
         rows = getattr(corpus, split)
-        rendered, report[split] = data.render(rows, tokenizer, spec["max_length"])
+        rendered, report[split] = data.render(rows, tokenizer, spec["max_length"], drop=True)
         if split == "train":
             if len(rendered) < spec["train_rows"]:
                 raise ValueError(f"train_rows={spec['train_rows']} is above the data; allowed: up to {len(rendered)} rows.")
@@ -107,7 +107,7 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
             rendered = rendered.select(range(spec["train_rows"]))
         elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
-            clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"])
+            clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"], drop=True)
             clean.save_to_disk(folder / f"{split}-clean")
         report[split]["distinct_prompts"] = len({json.dumps(m[:-1]) for m in rendered["messages"]})
         rendered.save_to_disk(folder / split)

@@ -34,13 +34,15 @@ ALLOWED = {"form": (*EXACT, "top_k", "sampled"), "tail": ("bucket", "renormalise
 
 
 class Live:
-    """A frozen causal LM beside the student; ``tokenizer`` is needed where its vocabulary is padded otherwise."""
+    """A frozen causal LM beside the student, with its tokenizer."""
 
-    def __init__(self, model, tokenizer=None):
+    def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.linear = model, tokenizer, None
 
-    def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int | None:
-        """Freeze the teacher, move it to ``device`` and return the number of common tokens (None: all columns)."""
+    def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int:
+        """Freeze the teacher, move it to ``device`` and return the number of common tokens. Raises ValueError if it does not fit."""
+        if self.model is student:
+            raise ValueError("The teacher is the student itself; give a copy, which stays as it is.")
         self.model.requires_grad_(False).eval().to(device)
         self.linear = inference.linear_head(self.model)
         widths = [m.get_output_embeddings().weight.shape[0] for m in (student, self.model)]
@@ -100,10 +102,10 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
         spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
     parts = {}
     if form == "hidden":
-        head = model.get_output_embeddings()
-        spec |= {"width": head.in_features, "linear": inference.linear_head(model)}
-        if spec["linear"] is None:
+        if (linear := inference.linear_head(model)) is None:
             raise ValueError("form='hidden' needs a teacher whose logits are one matrix times its hidden states; allowed: another form.")
+        head = model.get_output_embeddings()
+        spec |= {"width": head.in_features, "linear": linear}
         tensors = {n: v.detach().cpu().contiguous() for n in ("weight", "bias") if (v := getattr(head, n)) is not None}
         parts["head"] = lambda work: save_file(tensors, work / "head.safetensors")
     build = partial(_write_shard, model=model, tokenizer=tokenizer, spec=spec, batch_size=batch_size)
@@ -162,7 +164,7 @@ def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         batch = {n: v.to(model.device) for n, v in collate([rows[i] for i in chunk]).items()}
-        mask, _ = inference.response_rows(batch["labels"])
+        mask, _ = inference.response_rows(batch)
         parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in _pack(model, batch, mask, spec, generator).items()}
         for place, i in enumerate(chunk):
             out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
@@ -188,11 +190,13 @@ def _pack(model, batch, mask, spec: dict, generator) -> dict:
 
 
 class Cached:
-    """A cache that :func:`write_cache` made, memory-mapped; raises ValueError as it opens if it is unfinished or damaged."""
+    """A cache that :func:`write_cache` made, memory-mapped. ValueError as it opens if unfinished, damaged, or not of ``teacher``."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, teacher=None):
         self.folder = Path(folder)
         self.spec, self.head = _read_spec(self.folder), None
+        if teacher is not None and weights_hash(teacher) != self.spec["teacher"]:
+            raise ValueError(f"The cache in {folder} was made by another teacher; write one of this teacher in a new folder.")
         if not (done := self.folder / "complete.json").is_file():
             raise ValueError(f"The cache in {folder} is unfinished; write it again and it goes on where it stopped.")
         if self.spec["form"] == "hidden":

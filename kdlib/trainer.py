@@ -1,7 +1,7 @@
 """DistillationTrainer: ``transformers.Trainer`` with a teacher; supervised fine-tuning is ``alpha=0``."""
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +21,9 @@ class DistillationTrainer(Trainer):
     :class:`~kdlib.losses.Objective`. On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the
     batches takes the student's own samples for answers, of at most ``max_new_tokens``, and a live teacher's word on them. The sum
     over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Only
-    response positions go through the LM head, in chunks. Raises ValueError before training on a bad setting, a missing
-    teacher, or one that does not fit student and data.
+    response positions go through the LM head, in chunks. Batches are by default those of :class:`~kdlib.data.Collator`, with rows
+    that share sequences where the model keeps them apart. Raises ValueError before training on a bad setting, a missing teacher,
+    or one that does not fit student and data.
     """
 
     loss_is_scaled_for_ga = True
@@ -34,6 +35,10 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"lmbda={lmbda!r} is not allowed; allowed: 0 to 1, and above 0 only with alpha=1 and a live teacher, "
                              "because nobody else can judge the student's own answers.")
         super().__init__(*args, **kwargs)
+        if kwargs.get("data_collator") is None and self.processing_class is not None:
+            self.data_collator = Collator(self.processing_class.pad_token_id, pack=True)
+        if getattr(self.data_collator, "pack", False) and (lmbda or not inference.keeps_rows_apart(self.model)):
+            self.data_collator = replace(self.data_collator, pack=False)
         self.model_accepts_loss_kwargs = True  # whatever the model, the step's response tokens are counted
         self.lmbda, self.max_new_tokens = lmbda, max_new_tokens
         self.objective, self.chunk_size, self.teacher = objective, chunk_size, teacher if objective.alpha > 0 else None
@@ -70,21 +75,29 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch as its share of the optimizer step's mean over response tokens."""
-        mask, targets = inference.response_rows(inputs["labels"])
+        mask, targets = inference.response_rows(inputs)
         teacher = self.teacher.targets(inputs, mask) if self.teacher is not None else None
         how = {"num_items": len(targets) if num_items_in_batch is None else num_items_in_batch, "vocabulary": self.vocabulary,
                **asdict(self.objective)}
-        bare = self.accelerator.unwrap_model(model)
-        if self.linear is None or return_outputs:
-            logits = inference.response_logits(bare, inputs, mask, model)
-            loss = distillation_loss(logits, targets, teacher, **how)
+        bare = model if model is self.model else self.accelerator.unwrap_model(model)
+        if return_outputs:  # whole, which metrics expect
+            logits = model(**{k: inputs[k] for k in inference.INPUTS if k in inputs}, use_cache=False).logits
+            return distillation_loss(logits[mask], targets, teacher, **how), {"logits": logits}
+        if self.linear is None:
+            loss = distillation_loss(inference.response_logits(bare, inputs, mask, model), targets, teacher, **how)
         else:
             module = bare.get_output_embeddings()
             loss = inference.at_head(bare, inputs, mask, lambda hidden: linear_distillation_loss(
                 hidden, Head(module.weight, module.bias, **self.linear), targets, teacher, chunk_size=self.chunk_size, **how), model)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        return (loss, {"logits": logits}) if return_outputs else loss
+        scaled = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        return loss * self.accelerator.num_processes if scaled else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One batch of an evaluation; the loss alone where nobody asks for logits, so that they are never held whole."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,

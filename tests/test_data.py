@@ -66,7 +66,9 @@ def test_render_counts_what_it_did(bpe):
     answers = ["ran", "dog " * 60, "the door"]
     rows = Dataset.from_dict({"id": list("abc"), "messages": [talk("cat " * 80, answers[0]), talk("cat", answers[1]),
                                                               talk("mat", answers[2])]})
-    rendered, report = data.render(rows, bpe, 40)
+    with pytest.raises(ValueError, match=r"max_length=40 would cut the answer of row \d+, which has \d+ tokens, \d+ of them answer"):
+        data.render(rows, bpe, 40)
+    rendered, report = data.render(rows, bpe, 40, drop=True)
     assert list(rendered["id"]) == ["a", "c"]
     full = len(data.encode(rows[0]["messages"], bpe)[0])
     assert report["rows"] == 3 and report["rows_dropped"] == 1 and report["prompts_shortened"] == 1
@@ -116,29 +118,39 @@ def test_length_windows_reorder_and_lose_nothing():
 
 
 def test_collator_pads_on_the_right_and_masks_the_padding():
-    batch = data.Collator(9)([{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}, {"input_ids": [4], "labels": [4]}])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    batch = data.Collator(9)([{"input_ids": [1, 2, 3, 4], "labels": [IGNORE, 2, 3, 4]}, {"input_ids": [5, 6], "labels": [5, 6]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [5, 9, 9]], "a last token predicts nothing"
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE] * 3], "nothing predicts a first token"
+    assert batch["labels"].tolist() == [[IGNORE, 2, 3, 4], [IGNORE, 6, IGNORE, IGNORE]], "nothing predicts a first token"
     assert batch["labels"].dtype == torch.long
 
 
-def test_packing_loses_no_row_and_starts_positions_anew():
-    rows = [{"id": str(n), "input_ids": [10 * n + i for i in range(n)], "labels": [IGNORE] + [n] * (n - 1)} for n in (1, 2, 3, 5, 2, 1, 6)]
-    rows = [{**r, "id": str(i)} for i, r in enumerate(rows)]
+def test_packing_loses_no_token_and_starts_positions_anew():
+    lengths = (1, 2, 3, 5, 2, 1, 6, 4)
+    rows = [{"id": str(n), "input_ids": [10 * n + i + 10 for i in range(k)], "labels": [IGNORE] + [10 * n + i + 10 for i in range(1, k)]}
+            for n, k in enumerate(lengths)]
     batch = data.Collator(0, pack=True)(rows)
-    assert "attention_mask" not in batch and batch["input_ids"].shape == (2, 12)
-    found, order = [], []
-    for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist()):
-        starts = [i for i, p in enumerate(positions) if p == 0] + [len(ids)]
-        found += [tuple(ids[a:b]) for a, b in zip(starts, starts[1:])]
-    keys = [data.example_key(r["id"]) for r in rows]
-    order = [tuple(rows[keys.index(k)]["input_ids"]) for k in batch["example"].tolist()]
-    assert [f for f in found if f != (0,)] == order and sorted(order) == sorted(tuple(r["input_ids"]) for r in rows)
-    assert (batch["labels"] != IGNORE).sum() == sum(len(r["input_ids"]) - 1 for r in rows)
+    assert "attention_mask" not in batch and batch["input_ids"].numel() < len(rows) * 5
+    keys, found = [data.example_key(r["id"]) for r in rows], []
+    for ids, labels, positions in zip(*(batch[k].tolist() for k in ("input_ids", "labels", "position_ids"))):
+        starts = [i for i, p in enumerate(positions) if p == 0 and ids[i]] + [len(ids)]
+        for a, b in zip(starts, starts[1:]):
+            own = [t for t in ids[a:b] if t]
+            assert positions[a:a + len(own)] == list(range(len(own)))
+            found.append((own, [t for t in labels[a + 1:a + 1 + len(own)] if t != IGNORE]))
+    order = [rows[keys.index(k)] for k in batch["example"].tolist()]
+    assert found == [(r["input_ids"][:max(1, len(r["input_ids"]) - 1)], r["labels"][1:]) for r in order] and len(order) == len(rows)
+    assert (batch["labels"] != IGNORE).sum() == sum(k - 1 for k in lengths)
 
 
-def test_rows_of_one_length_are_not_packed():
+def test_rows_share_places_where_that_saves_tokens():
     rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}] * 4
-    assert data.Collator(0, pack=True)(rows)["input_ids"].shape == (4, 3)
-    assert data.bins([3, 9, 4, 4, 2], 10) == [[1], [2, 3, 4], [0]]
+    assert data.Collator(0, pack=True)(rows)["input_ids"].shape == (4, 2), "of one length: nothing to save"
+    assert data.places([5, 5, 5]) == [[0], [1], [2]]
+    for seed in range(20):
+        lengths = [random.Random(f"{seed} {i}").randint(1, 40) for i in range(random.Random(seed).randint(1, 33))]
+        found = data.places(lengths)
+        width = max(sum(lengths[i] for i in place) for place in found)
+        assert sorted(i for place in found for i in place) == list(range(len(lengths)))
+        assert width <= 2 * max(lengths) and len(found) * width <= len(lengths) * max(lengths)
+    assert len(found) * width < 0.75 * len(lengths) * max(lengths)

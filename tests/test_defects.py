@@ -22,7 +22,7 @@ def learner(student, teacher, rows, tokenizer, tmp_path):
                                  per_device_train_batch_size=batch_size, remove_unused_columns=False,
                                  **{"train_sampling_strategy": "sequential", **arguments})
         return DistillationTrainer(model=copy.deepcopy(student), args=args, processing_class=tokenizer, train_dataset=train,
-                                   data_collator=collate or data.Collator(tokenizer.pad_token_id), teacher=source or Live(teacher),
+                                   data_collator=collate or data.Collator(tokenizer.pad_token_id), teacher=source or Live(teacher, tokenizer),
                                    objective=Objective(alpha, temperature=temperature))
 
     return make
@@ -78,7 +78,7 @@ def test_04_chunks_over_the_wrong_axis(learner, rows, monkeypatch):
     made, batch = learner(), batch_of(rows)
     made.chunk_size = 7
     made.compute_loss(made.model, batch)
-    count = len(response_rows(batch["labels"])[1])
+    count = len(response_rows(batch)[1])
     assert seen == [7] * (count // 7) + [count % 7] * (count % 7 > 0) and count > 14
 
 
@@ -116,8 +116,8 @@ def test_08_a_truncated_divergence_clamped_where_it_is_negative():
     assert loss > 0 and torch.autograd.grad(loss, student)[0].abs().max() > 0.1
 
 
-def test_09_a_soft_cross_entropy_called_a_divergence(learner, student, rows):
-    made = learner(source=Live(copy.deepcopy(student)))
+def test_09_a_soft_cross_entropy_called_a_divergence(learner, student, rows, tokenizer):
+    made = learner(source=Live(copy.deepcopy(student), tokenizer))
     assert made.compute_loss(made.model, batch_of(rows)).item() == pytest.approx(0, abs=1e-6)
 
 

@@ -25,7 +25,7 @@ def cache(folder, teacher, tokenizer, examples, **how):
 def rows_of(source, student, tokenizer, examples, objective=KD, chosen=(3, 0, 47, 20, 21)):
     """``(teacher rows, student logits, targets)`` of a batch in an order of its own."""
     batch = data.Collator(0)([examples[i] for i in chosen])
-    mask, targets = inference.response_rows(batch["labels"])
+    mask, targets = inference.response_rows(batch)
     vocabulary = source.prepare(student, tokenizer, examples, objective, "cpu")
     found = source.targets(batch, mask)
     if isinstance(found, Hidden):
@@ -43,7 +43,7 @@ def loss_and_gradient(source, student, tokenizer, examples, objective=KD):
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd", "reverse_kl"])
 def test_exact_caches_equal_the_live_teacher(student, teacher, tokenizer, examples, tmp_path, kind, temperature):
     objective = Objective(alpha=0.7, kind=kind, temperature=temperature)
-    live = loss_and_gradient(Live(teacher), student, tokenizer, examples, objective)
+    live = loss_and_gradient(Live(teacher, tokenizer), student, tokenizer, examples, objective)
     for form in EXACT:
         whole = cache(tmp_path / form, teacher, tokenizer, examples, form=form, dtype="float32")
         for a, b in zip(live, loss_and_gradient(whole, student, tokenizer, examples, objective)):
@@ -54,14 +54,14 @@ def test_exact_caches_equal_the_live_teacher(student, teacher, tokenizer, exampl
 
 
 def test_a_bucket_never_overstates_and_more_tokens_come_closer(student, teacher, tokenizer, examples, tmp_path):
-    live, _ = loss_and_gradient(Live(teacher), student, tokenizer, examples)
+    live, _ = loss_and_gradient(Live(teacher, tokenizer), student, tokenizer, examples)
     found = [loss_and_gradient(cache(tmp_path / str(k), teacher, tokenizer, examples, k=k, dtype="float32"), student, tokenizer, examples)[0]
              for k in (2, 8, 64)]
     assert found[0] < found[1] < found[2] <= live + 1e-5 and live - found[2] < 0.5 * (live - found[0])
 
 
 def test_sampling_is_unbiased_in_loss_and_gradient_where_top_k_is_not(student, teacher, tokenizer, examples, tmp_path):
-    live = loss_and_gradient(Live(teacher), student, tokenizer, examples)
+    live = loss_and_gradient(Live(teacher, tokenizer), student, tokenizer, examples)
     draws = [loss_and_gradient(cache(tmp_path / str(s), teacher, tokenizer, examples, form="sampled", k=16, seed=s), student, tokenizer, examples)
              for s in range(40)]
     losses = torch.stack([d[0] for d in draws])
@@ -215,6 +215,13 @@ def test_another_configuration_is_another_teacher(teacher, tokenizer, examples, 
     teacher.config.rope_parameters["rope_theta"] = 5.0
     with pytest.raises(ValueError, match="was made with another teacher"):
         write_cache(tmp_path / "cache", teacher, tokenizer, examples)
+
+
+def test_a_cache_of_another_teacher_is_refused(student, teacher, tokenizer, examples, tmp_path):
+    folder = write_cache(tmp_path / "cache", teacher, tokenizer, examples, k=4)
+    assert Cached(folder, teacher).spec == Cached(folder).spec
+    with pytest.raises(ValueError, match="was made by another teacher; write one of this teacher in a new folder"):
+        Cached(folder, student)
 
 
 def test_an_edited_manifest_is_refused(teacher, tokenizer, examples, tmp_path):

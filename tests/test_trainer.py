@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from kdlib import data, models, trainer
 from kdlib.inference import response_logits, response_rows
@@ -34,7 +34,7 @@ def distance(a, b):
 
 def fit(model, rows, tmp_path, tokenizer, *, steps=3, batch_size=8, rows_a_step=0, teacher=None, alpha=0.0, temperature=1.0, **more):
     model = copy.deepcopy(model)
-    trainer.train(model, tokenizer, [rows[i] for i in range(steps * (rows_a_step or batch_size))], steps=steps, teacher=teacher and Live(teacher),
+    trainer.train(model, tokenizer, [rows[i] for i in range(steps * (rows_a_step or batch_size))], steps=steps, teacher=teacher and Live(teacher, tokenizer),
                   objective=Objective(alpha, temperature=temperature),
                   **{"batch_size": batch_size, "learning_rate": 1e-3, "seed": 0, "output_dir": tmp_path, **more})
     return weights(model)
@@ -42,15 +42,18 @@ def fit(model, rows, tmp_path, tokenizer, *, steps=3, batch_size=8, rows_a_step=
 
 def test_rows_are_those_that_predict_a_response_token():
     labels = torch.tensor([[-100, 5, 6, -100], [7, -100, -100, 8]])
-    mask, targets = response_rows(labels)
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "labels": labels}
+    mask, targets = response_rows(batch)
     assert mask.tolist() == [[True, True, False, False], [False, False, True, False]]
     assert targets.tolist() == [5, 6, 8]  # a label at position 0 has no position before it
+    wider, wanted = response_rows({"input_ids": batch["input_ids"][:, :3], "labels": labels})
+    assert torch.equal(wider, mask[:, :3]) and torch.equal(wanted, targets), "a last token that is a label only"
 
 
 def test_only_response_rows_reach_the_head_and_are_the_plain_ones(student, rows, tokenizer):
     batch, seen = batch_of(rows), []
     handle = student.lm_head.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
-    mask, targets = response_rows(batch["labels"])
+    mask, targets = response_rows(batch)
     logits = response_logits(student, batch, mask)
     handle.remove()
     assert seen == [(len(targets), 64)] and logits.shape[0] == len(targets) < batch["attention_mask"].sum()
@@ -58,27 +61,29 @@ def test_only_response_rows_reach_the_head_and_are_the_plain_ones(student, rows,
     assert not student.lm_head._forward_pre_hooks, "nothing is left behind"
 
 
-def loss_of(student, batch, tmp_path, num_items=None, teacher=None, **objective):
+def loss_of(student, batch, tmp_path, num_items=None, source=None, **objective):
     made = trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[], use_cpu=True),
-                                       teacher=teacher and Live(teacher), objective=Objective(**{"alpha": 0.0, **objective}))
+                                       processing_class=source and source.tokenizer, teacher=source,
+                                       objective=Objective(**{"alpha": 0.0, **objective}))
     return made.compute_loss(student, batch, num_items_in_batch=num_items)
 
 
 def test_alpha_zero_is_the_models_own_cross_entropy(student, rows, tmp_path, tokenizer):
     batch = batch_of(rows)
     loss = loss_of(student, batch, tmp_path)
-    torch.testing.assert_close(loss, student(**batch).loss)
+    usual = {"labels": batch["labels"][:, :-1], "shift_labels": batch["labels"][:, 1:].contiguous()}
+    torch.testing.assert_close(loss, student(**{k: batch[k] for k in ("input_ids", "attention_mask")}, **usual).loss)
 
 
 @pytest.mark.parametrize("alpha, temperature", [(1.0, 1.0), (1.0, 2.0), (0.3, 3.0)])
 def test_loss_and_gradient_equal_the_naive_form(student, teacher, rows, tmp_path, alpha, temperature, tokenizer):
     batch = batch_of(rows)
-    loss = loss_of(student, batch, tmp_path, num_items=77, teacher=teacher, alpha=alpha, temperature=temperature)
+    loss = loss_of(student, batch, tmp_path, num_items=77, source=Live(teacher, tokenizer), alpha=alpha, temperature=temperature)
     grads = torch.autograd.grad(loss, list(student.parameters()))
     total = 0.0
     s, t = full_logits(student, batch), full_logits(teacher, batch).detach()
     for i in range(len(s)):
-        for j in range(s.shape[1] - 1):
+        for j in range(s.shape[1]):
             y = batch["labels"][i, j + 1]
             if y != -100:
                 q, p = log_softmax(s[i, j] / temperature, -1), log_softmax(t[i, j] / temperature, -1)
@@ -90,6 +95,12 @@ def test_loss_and_gradient_equal_the_naive_form(student, teacher, rows, tmp_path
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def usual(tokenizer):
+    """The collator that everybody uses: labels as wide as inputs, and padding on the side of the tokenizer."""
+    plain = DataCollatorForSeq2Seq(tokenizer)
+    return lambda rows: plain([{k: r[k] for k in ("input_ids", "labels")} for r in rows])
+
+
 def test_sft_trains_as_the_plain_trainer_does(student, rows, tmp_path, tokenizer):
     # Plain gradient descent: Adam's first steps blow rounding up to the learning rate.
     ours = fit(student, rows, tmp_path, tokenizer, optim="sgd", learning_rate=0.1)
@@ -97,7 +108,7 @@ def test_sft_trains_as_the_plain_trainer_does(student, rows, tmp_path, tokenizer
     args = TrainingArguments(tmp_path, max_steps=3, per_device_train_batch_size=8, learning_rate=0.1, optim="sgd", seed=0,
                              lr_scheduler_type="linear", train_sampling_strategy="sequential", remove_unused_columns=False,
                              report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
-    Trainer(model=plain, args=args, train_dataset=[rows[i] for i in range(24)], data_collator=data.Collator(0)).train()
+    Trainer(model=plain, args=args, train_dataset=[rows[i] for i in range(24)], data_collator=usual(tokenizer)).train()
     assert distance(ours, weights(student)) > 1e-3
     assert distance(ours, weights(plain)) < 1e-6
 
@@ -119,22 +130,61 @@ def test_micro_batches_change_nothing_though_their_answers_differ_in_length(stud
 @pytest.mark.parametrize("form", ["live", "hidden"])
 def test_packing_and_the_side_of_padding_change_nothing(student, teacher, rows, tmp_path, tokenizer, form):
     examples = [{"id": str(i), "input_ids": r["input_ids"], "labels": r["labels"]} for i, r in enumerate(rows)]
-    source = Live(teacher) if form == "live" else Cached(
+    source = Live(teacher, tokenizer) if form == "live" else Cached(
         write_cache(tmp_path / "cache", teacher, tokenizer, examples, form="hidden", dtype="float32"))
     padded, packed = (data.Collator(0, pack)(examples[:16]) for pack in (False, True))
     assert "position_ids" in packed and packed["input_ids"].numel() < padded["input_ids"].numel()
     left = {k: v.clone() for k, v in padded.items()}
     for i, n in enumerate(padded["attention_mask"].sum(1).tolist()):
         for name in ("input_ids", "attention_mask", "labels"):
-            left[name][i] = left[name][i].roll(left[name].shape[1] - n)
+            left[name][i] = left[name][i].roll(padded["input_ids"].shape[1] - n)
     made = trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[], use_cpu=True), teacher=source,
                                        objective=Objective(0.7), processing_class=tokenizer, train_dataset=examples)
-    losses = [made.compute_loss(student, batch, num_items_in_batch=50) for batch in (padded, packed, left)]
+    batches = [padded, packed, left, *([] if form == "hidden" else [usual(tokenizer)(examples[:16])])]
+    losses = [made.compute_loss(student, batch, num_items_in_batch=50) for batch in batches]
     gradients = [torch.autograd.grad(loss, list(student.parameters())) for loss in losses]
-    for other in (1, 2):
+    for other in range(1, len(batches)):
         torch.testing.assert_close(losses[0], losses[other])
         for a, b in zip(gradients[0], gradients[other]):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_order_of_a_batch_changes_nothing(student, teacher, rows, tmp_path, tokenizer):
+    examples = [{"id": str(i), **{k: r[k] for k in ("input_ids", "labels")}} for i, r in enumerate(rows)][:16]
+    source = Cached(write_cache(tmp_path / "cache", teacher, tokenizer, examples, k=8))
+    learner = made(student, examples, tmp_path, tokenizer, teacher=source)
+    found = []
+    for batch in (examples, examples[::-1], examples[5:] + examples[:5]):
+        loss = learner.compute_loss(learner.model, data.Collator(0, pack=True)(batch), num_items_in_batch=50)
+        found.append([loss, *torch.autograd.grad(loss, list(learner.model.parameters()))])
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_packed_by_default_and_only_where_they_stay_apart(student, teacher, rows, tmp_path, tokenizer, monkeypatch):
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1)
+    for apart, lmbda in ((True, 0.0), (False, 0.0), (True, 1.0)):
+        monkeypatch.setattr(trainer.inference, "keeps_rows_apart", lambda _: apart)
+        learner = trainer.DistillationTrainer(model=student, args=args, processing_class=tokenizer, train_dataset=rows, lmbda=lmbda,
+                                              teacher=Live(teacher, tokenizer), objective=Objective(), max_new_tokens=2)
+        assert learner.data_collator.pack == (apart and not lmbda)
+        learner.train()
+
+
+def test_an_evaluation_holds_no_logits_unless_metrics_want_them_whole(student, teacher, rows, tmp_path, tokenizer, monkeypatch):
+    batches, seen = [rows[i] for i in range(16)], []
+    learner = made(student, batches, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), per_device_eval_batch_size=16)
+    expected = learner.evaluate(batches)["eval_loss"]
+    learner.compute_metrics = lambda p: seen.append(p) or {"rows": len(p.predictions)}
+    found = learner.evaluate(batches)
+    logits, labels = torch.from_numpy(seen[0].predictions), torch.from_numpy(seen[0].label_ids)
+    assert found["eval_rows"] == 16 and found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(logits, full_logits(learner.model, batch_of(rows, 16)), rtol=1e-4, atol=1e-5)
+    assert labels.shape[1] == logits.shape[1] + 1
+    monkeypatch.setattr(learner.model.lm_head, "forward", lambda _: 1 / 0)  # never called where the loss alone is wanted
+    learner.compute_metrics = None
+    assert learner.evaluate(batches)["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_teacher_equal_to_the_student_teaches_nothing(student, rows, tmp_path, tokenizer):
@@ -154,14 +204,14 @@ def test_the_teacher_is_frozen_and_unchanged(student, teacher, rows, tmp_path, t
 def test_distillation_moves_the_student_towards_the_teacher(student, teacher, rows, tmp_path, tokenizer):
     def divergence(model):
         batch = batch_of(rows)
-        mask, _ = response_rows(batch["labels"])
+        mask, _ = response_rows(batch)
         with torch.no_grad():
             q, p = (log_softmax(response_logits(m, batch, mask), -1) for m in (model, teacher))
         return kl_div(q, p, log_target=True, reduction="batchmean").item()
 
     before, learner = divergence(student), copy.deepcopy(student)
     trainer.train(learner, tokenizer, [rows[i % 8] for i in range(160)], steps=20, batch_size=8, learning_rate=1e-2, seed=0,
-                  output_dir=tmp_path, teacher=Live(teacher), objective=Objective())
+                  output_dir=tmp_path, teacher=Live(teacher, tokenizer), objective=Objective())
     assert divergence(learner) < before / 2
 
 
@@ -173,7 +223,7 @@ def test_the_same_seed_gives_the_same_weights(student, teacher, rows, tmp_path, 
 def test_a_batch_without_responses_gives_zero(student, teacher, rows, tmp_path, tokenizer):
     batch = batch_of(rows, 2)
     batch["labels"][:] = -100
-    loss = loss_of(student, batch, tmp_path, teacher=teacher, alpha=0.5)
+    loss = loss_of(student, batch, tmp_path, source=Live(teacher, tokenizer), alpha=0.5)
     loss.backward()
     assert loss.item() == 0 and all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
@@ -187,9 +237,11 @@ def made(model, rows, folder, tokenizer, teacher=None, **arguments):
                                        data_collator=data.Collator(0), teacher=teacher, objective=Objective(1.0 if teacher else 0.0), **more)
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.5])
-def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(student, teacher, rows, tmp_path, tokenizer, lmbda):
-    options = {"max_steps": 6, "lmbda": lmbda, "max_new_tokens": 4, "teacher": Live(teacher)}
+@pytest.mark.parametrize("lmbda, form", [(0.0, "live"), (0.5, "live"), (0.0, "sampled")])
+def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(student, teacher, rows, tmp_path, tokenizer, lmbda, form):
+    rows = [{"id": str(i), **{k: r[k] for k in ("input_ids", "labels")}} for i, r in enumerate(rows)]
+    source = Live(teacher, tokenizer) if form == "live" else Cached(write_cache(tmp_path / "cache", teacher, tokenizer, rows, form=form, k=8))
+    options = {"max_steps": 6, "lmbda": lmbda, "max_new_tokens": 4, "teacher": source}
     whole = made(student, rows, tmp_path / "whole", tokenizer, **options)
     whole.train()
     half = made(student, rows, tmp_path / "half", tokenizer, save_strategy="steps", save_steps=3, **options)
@@ -201,7 +253,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(student, teacher
 
 
 def test_on_policy_answers_are_the_students_and_nothing_after_their_end(student, teacher, rows, tmp_path, tokenizer):
-    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher), lmbda=1.0, max_new_tokens=40)
+    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), lmbda=1.0, max_new_tokens=40)
     with torch.no_grad():
         learner.model.lm_head.weight[tokenizer.eos_token_id] *= 8  # so that some answers end early
     batch, end = batch_of(rows), tokenizer.eos_token_id
@@ -211,16 +263,16 @@ def test_on_policy_answers_are_the_students_and_nothing_after_their_end(student,
     lengths = set()
     for ids, mask, labels, prompt in zip(*(own[k].tolist() for k in ("input_ids", "attention_mask", "labels")), prompts):
         n = sum(mask)
-        answer = ids[len(prompt):n]
-        assert ids[:len(prompt)] == prompt and labels[:len(prompt)] == [-100] * len(prompt)
-        assert labels[len(prompt):] == answer + [-100] * (len(ids) - n) and mask == [1] * n + [0] * (len(ids) - n)
+        answer = [t for t in labels if t != -100]
+        assert ids[:n] == (prompt + answer)[:-1] and mask == [1] * n + [0] * (len(ids) - n)
+        assert labels == [-100] * len(prompt) + answer + [-100] * (len(ids) - n)
         assert end not in answer[:-1] and (answer[-1] == end or len(answer) == 40)
         lengths.add(len(answer))
     assert len(lengths) > 1 and min(lengths) < 40
 
 
 def test_on_policy_prompts_hold_no_padding(student, teacher, rows, tmp_path, tokenizer):
-    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher), lmbda=1.0, max_new_tokens=4)
+    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), lmbda=1.0, max_new_tokens=4)
     batch = batch_of(rows)
     left = {k: torch.nn.functional.pad(v, (5, 0), value=-100 if k == "labels" else 0) for k, v in batch.items()}
     answers = []
@@ -255,7 +307,7 @@ def test_a_hook_on_the_head_outlives_the_loss(student, rows, tmp_path, tokenizer
 def test_the_on_policy_share_is_that_of_the_batches(student, teacher, rows, tmp_path, tokenizer, monkeypatch):
     counts = {}
     for lmbda in (0.0, 0.4, 1.0):
-        learner = made(student, [rows[i % 48] for i in range(400)], tmp_path, tokenizer, teacher=Live(teacher), lmbda=lmbda, max_steps=50)
+        learner = made(student, [rows[i % 48] for i in range(400)], tmp_path, tokenizer, teacher=Live(teacher, tokenizer), lmbda=lmbda, max_steps=50)
         asked = []
         monkeypatch.setattr(learner, "own_answers", lambda batch: asked.append(1) or batch)
         learner.train()
@@ -264,7 +316,7 @@ def test_the_on_policy_share_is_that_of_the_batches(student, teacher, rows, tmp_
 
 
 def test_packed_batches_and_on_policy_answers_do_not_mix(student, teacher, rows, tmp_path, tokenizer):
-    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher), lmbda=1.0)
+    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), lmbda=1.0)
     with pytest.raises(ValueError, match="one conversation a row; allowed: a collator that does not pack"):
         learner.own_answers(data.Collator(0, pack=True)([rows[i] for i in range(16)]))
 
@@ -301,14 +353,14 @@ def test_half_precision_trains_close_to_full(student, teacher, rows, tmp_path, t
 def test_low_rank_adapters_learn_and_nothing_else_does(student, teacher, rows, tmp_path, tokenizer):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(copy.deepcopy(student), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    learner = made(adapted, rows, tmp_path, tokenizer, teacher=Live(teacher), max_steps=4, learning_rate=1e-2)
+    learner = made(adapted, rows, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), max_steps=4, learning_rate=1e-2)
     assert learner.linear is not None, "the fast path"
     before = weights(learner.model)
     learner.train()
     moved = {k for k, v in weights(learner.model).items() if not torch.equal(v, before[k])}
     assert moved and all("lora_" in k for k in moved)
     batch = batch_of(rows)
-    mask, _ = response_rows(batch["labels"])
+    mask, _ = response_rows(batch)
     whole = learner.model.merge_and_unload()
     torch.testing.assert_close(response_logits(whole, batch, mask), full_logits(whole, batch)[mask], rtol=1e-4, atol=1e-4)
 
@@ -321,8 +373,12 @@ def test_bad_options_are_named_before_training(student, tmp_path, options, messa
         trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[]), **options)
 
 
-def test_vocabularies_of_different_width_are_refused(student, tmp_path):
-    other = models.build_model("nano", models.build_tokenizer(["a", "b"]), 0)
-    with pytest.raises(ValueError, match=r"student predicts \d+ tokens and the teacher 8"):
-        trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[]), teacher=Live(other),
-                                    objective=Objective())
+def test_tokenizers_that_differ_are_refused(student, tokenizer, tmp_path):
+    fewer = models.build_tokenizer(["a", "b"])
+    for theirs, message in ((fewer, "need the same token ids, but .* tokens differ, among them"), (None, "needs the tokenizers of student")):
+        with pytest.raises(ValueError, match=message):
+            trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[]), objective=Objective(),
+                                        processing_class=tokenizer, teacher=Live(models.build_model("nano", fewer, 0), theirs))
+    with pytest.raises(ValueError, match="The teacher is the student itself"):
+        trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[]), objective=Objective(),
+                                    processing_class=tokenizer, teacher=Live(student, tokenizer))

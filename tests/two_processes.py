@@ -37,7 +37,7 @@ with tempfile.TemporaryDirectory() as folder:
                              learning_rate=0.1, max_grad_norm=0.0, per_device_train_batch_size=size,
                              gradient_accumulation_steps=2, train_sampling_strategy="sequential", remove_unused_columns=False)
     trainer = DistillationTrainer(model=student, args=args, processing_class=tokenizer, data_collator=data.Collator(0),
-                                  train_dataset=rows, teacher=Live(teacher), objective=Objective(0.7))
+                                  train_dataset=rows, teacher=Live(teacher, tokenizer), objective=Objective(0.7))
     if mode == "trained":
         save(student.state_dict().items(), file + ".start")
         trainer.train()

@@ -34,7 +34,7 @@ def gradient(student, source, batches):
     student.zero_grad()
     total = count = 0
     for batch in batches:
-        mask, targets = inference.response_rows(batch["labels"])
+        mask, targets = inference.response_rows(batch)
         loss = distillation_loss(inference.response_logits(student, batch, mask), targets, source.targets(batch, mask), num_items=1)
         loss.backward()
         total, count = total + loss.item(), count + len(targets)
@@ -54,11 +54,11 @@ def main(name: str, folder: str) -> dict:
         made = teachers.write_cache(place + "/cache", teacher, tokenizer, rows, **FORMS[name])
         written = time.perf_counter() - began
         size = sum(p.stat().st_size for p in Path(made).rglob("*") if p.is_file())
-        cached, live = teachers.Cached(made), teachers.Live(teacher)
+        cached, live = teachers.Cached(made), teachers.Live(teacher, tokenizer)
         for source in (cached, live):
             source.prepare(student, tokenizer, rows, Objective(), student.device)
         batches = [{k: v.to(student.device) for k, v in b.items()} for b in batches_of(rows)]
-        masks = [inference.response_rows(b["labels"])[0] for b in batches]
+        masks = [inference.response_rows(b)[0] for b in batches]
         began = time.perf_counter()
         for batch, mask in zip(batches, masks):
             found = cached.targets(batch, mask)

@@ -89,6 +89,17 @@ def steps(rounds: int) -> dict:
     return out
 
 
+def batching(rounds: int) -> dict:
+    """Mean time of a step with a live teacher by how batches are formed, against rows padded to the longest of their batch."""
+    out = {}
+    for size in ("lab", "mid"):
+        found = alternating("step.py", ("live padded", "live packed", "live grouped", "live grouped packed"), rounds, size)
+        for way, runs in found.items():
+            out[f"{size}, {way.removeprefix('live ')}"] = {
+                "mean_step_s": spread(r["mean_step_s"] for r in runs), "faster_than_padded": ratio(found["live padded"], runs, "mean_step_s")}
+    return out
+
+
 def losses(rounds: int) -> dict:
     """Peak memory and time of the chunked loss against the naive form, over tokens, vocabulary and share of the response."""
     out = {}
@@ -115,7 +126,7 @@ def caches(rounds: int) -> dict:
 def main(rounds: int = 5) -> None:
     """Run everything; each benchmark writes its record as it ends."""
     packages = {p: version(p).split("+")[0] for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
-    for name, bench in (("steps", steps), ("loss", losses), ("cache", caches)):
+    for name, bench in (("steps", steps), ("batching", batching), ("loss", losses), ("cache", caches)):
         record = {"benchmark": name, "about": bench.__doc__, "device": DEVICE, "threads": 2, "packages": packages,
                   "environment": results.environment(), "found": bench(rounds)}
         path = results.REPOSITORY / "results" / "bench" / f"{DEVICE.replace(' ', '-').lower()}-{name}.json"

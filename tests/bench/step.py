@@ -1,13 +1,17 @@
 """One process, one engine: ``python tests/bench/step.py ENGINE SIZE [count]`` prints a JSON line with time and memory of a step.
 
 ENGINE is trl (its GKD trainer, off-policy), live, hidden (an exact cache), top64 (a cache of 64 tokens) or sft. Every engine
-gets the same models, conversations and batches, in float32 on two threads, or in bfloat16 where there is a GPU. With ``count``
-the floating-point operations of a step are counted instead, in three steps.
+gets the same models, conversations and batches, in float32 on two threads, or in bfloat16 where there is a GPU. Caches are
+written by another process, so that their readers' memory is their own. ENGINE may go on with how batches are formed: "live
+padded" (rows padded to the longest), "live grouped" (neighbours in length, padded) or "live grouped packed". With ``count`` the
+floating-point operations of a step are counted instead, in three steps with plain attention, whose operations can be counted.
 """
 
 import json
+import multiprocessing
 import random
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -54,17 +58,36 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def inputs(name: str, steps: int):
+    """``(tokenizer, conversations, rows)``, the same in every process."""
+    from kdlib import data, models
+
+    tokenizer = models.build_tokenizer([f"w{i}" for i in range(SIZES[name]["vocabulary"])])
+    messages = conversations(SIZES[name], steps)
+    return tokenizer, messages, [dict(zip(("id", "input_ids", "labels"), (str(i), *data.encode(m, tokenizer))))
+                                 for i, m in enumerate(messages)]
+
+
+def write(folder: str, engine: str, name: str, steps: int) -> None:
+    """The cache of the teacher of a size."""
+    from kdlib import teachers
+
+    torch.set_num_threads(2)
+    tokenizer, _, rows = inputs(name, steps)
+    teachers.write_cache(folder, model(SIZES[name]["teacher"], tokenizer, 2), tokenizer, rows, **CACHES[engine])
+
+
 def main(engine: str, name: str, count: str = "") -> dict:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import TrainerCallback
 
-    from kdlib import data, losses, models, teachers, trainer
+    from kdlib import data, losses, teachers, trainer
 
     torch.set_num_threads(2)
+    engine, *forming = engine.split()
     size = SIZES[name]
     steps = 3 if count else size["steps"]
-    tokenizer = models.build_tokenizer([f"w{i}" for i in range(size["vocabulary"])])
-    messages = conversations(size, steps)
+    tokenizer, messages, rows = inputs(name, steps)
     if engine == "trl":
         import trl.experimental.gkd as gkd
     baseline, marks = memory(), []
@@ -76,7 +99,10 @@ def main(engine: str, name: str, count: str = "") -> dict:
             marks.append(time.perf_counter())
 
     student = model(size["student"], tokenizer, 1)
-    teacher = model(size["teacher"], tokenizer, 2) if engine != "sft" else None
+    teacher = model(size["teacher"], tokenizer, 2) if engine in ("trl", "live") else None
+    for counted in (student, teacher) if count else ():
+        if counted is not None:
+            counted.set_attn_implementation("eager")
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": size["rows"], "learning_rate": 1e-4,
                   "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "seed": 0,
@@ -89,25 +115,30 @@ def main(engine: str, name: str, count: str = "") -> dict:
             made = gkd.GKDTrainer(model=student, teacher_model=teacher, args=args, processing_class=tokenizer,
                                   train_dataset=Dataset.from_dict({"messages": messages}))
         else:
-            rows = [dict(zip(("id", "input_ids", "labels"), (str(i), *data.encode(m, tokenizer)))) for i, m in enumerate(messages)]
             source = None
             if engine in CACHES:
-                source = teachers.Cached(teachers.write_cache(f"{folder}/cache", teacher, tokenizer, rows, **CACHES[engine]))
-                del teacher
+                writer = multiprocessing.get_context("spawn").Process(target=write, args=(f"{folder}/cache", engine, name, steps))
+                writer.start()
+                writer.join()
+                source = teachers.Cached(f"{folder}/cache")
             elif engine == "live":
-                source = teachers.Live(teacher)
+                source = teachers.Live(teacher, tokenizer)
+            if "grouped" in forming:
+                lengths = [len(r["input_ids"]) for r in rows]
+                rows = [rows[i] for i in data.stream(list(range(len(rows))), steps, size["rows"], 0, lengths, window=steps)]
             made = trainer.DistillationTrainer(
                 model=student, args=trainer.TrainingArguments(**common, remove_unused_columns=False), train_dataset=rows,
-                data_collator=data.Collator(tokenizer.pad_token_id, pack=True), processing_class=tokenizer, teacher=source,
-                objective=losses.Objective(alpha=0.0 if engine == "sft" else 1.0))
+                data_collator=data.Collator(tokenizer.pad_token_id, pack=not forming or "packed" in forming), teacher=source,
+                processing_class=tokenizer, objective=losses.Objective(alpha=0.0 if engine == "sft" else 1.0))
         made.add_callback(Clock)
         if count:
             with FlopCounterMode(display=False) as counter:
                 made.train()
             return {"engine": engine, "size": name, "flop": counter.get_total_flops() / steps}
         loss = made.train().training_loss
-    times = sorted(b - a for a, b in zip(marks[2:], marks[3:]))
-    return {"engine": engine, "size": name, "step_s": times[len(times) // 2], "memory_mib": memory() - baseline, "loss": loss}
+    times = [b - a for a, b in zip(marks[2:], marks[3:])]
+    return {"engine": engine, "size": name, "step_s": statistics.median(times), "mean_step_s": statistics.mean(times),
+            "memory_mib": memory() - baseline, "loss": loss}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaForCausalLM
+
+from kdlib import inference
+from kdlib.losses import Head, Hidden
+
+SIZE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+OPENAI = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {  # the configuration, and whether what comes after the last attention is known
+    "Llama": (SIZE, True), "Qwen2": (SIZE, True), "Qwen3": (SIZE, True), "Mistral": ({**SIZE, "sliding_window": 4}, True),
+    "Gemma2": ({**SIZE, "final_logit_softcapping": 3.0, "sliding_window": 4, "query_pre_attn_scalar": 8}, True),
+    "Granite": ({**SIZE, "logits_scaling": 4.0, "embedding_multiplier": 2.0}, True),
+    "Cohere": ({**SIZE, "logit_scale": 0.3}, True), "Phi3": (SIZE, True), "Olmo2": (SIZE, True),
+    "Mixtral": ({**SIZE, "num_local_experts": 2}, False), "GPT2": (OPENAI, False), "GPTNeoX": (SIZE, False)}
+
+
+def model_of(family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family][0])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(5)
+    return model
+
+
+def batch_of():
+    ids = torch.arange(3, 27).reshape(2, 12) % 60
+    seen = torch.ones_like(ids)
+    seen[1, 9:] = 0
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, [2, 3, 7, 10]] = mask[1, [1, 8]] = True
+    return {"input_ids": ids, "attention_mask": seen}, mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_reaches_the_head_gives_the_models_own_logits_and_gradients(family):
+    model, (inputs, mask) = model_of(family), batch_of()
+    found, head = inference.linear_head(model), model.get_output_embeddings()
+    assert found is not None and (inference._after_attention(model)[1] is not None) == FAMILIES[family][1]
+    weight = torch.randn(mask.sum(), 60, generator=torch.Generator().manual_seed(1))
+    ways = (lambda: model(**inputs).logits[mask], lambda: inference.response_logits(model, inputs, mask),
+            lambda: inference.at_head(model, inputs, mask, lambda hidden: Hidden(hidden, Head(head.weight, head.bias, **found)).logits))
+    logits = [way() for way in ways]
+    slopes = [torch.autograd.grad((values * weight).sum(), list(model.parameters()), allow_unused=True) for values in logits]
+    for other in (1, 2):
+        torch.testing.assert_close(logits[0], logits[other], rtol=1e-4, atol=1e-5)
+        for a, b in zip(slopes[0], slopes[other]):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()) + 1e-7)
+    assert not any("forward" in vars(m) for m in model.modules()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_share_a_sequence_are_as_alone_where_the_model_can(family):
+    model = model_of(family)
+    ids, marks = torch.tensor([[5, 6, 7, 8, 9, 5, 6]]), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    together = model(input_ids=ids, position_ids=marks, use_cache=False).logits[0]
+    apart = torch.cat([model(input_ids=part[None]).logits[0] for part in (ids[0, :3], ids[0, 3:])])
+    assert inference.keeps_rows_apart(model) == torch.allclose(together, apart, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_ignores_positions_does_not_keep_rows_apart():
+    class Deaf(LlamaForCausalLM):
+        def forward(self, *args, position_ids=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    assert not inference.keeps_rows_apart(Deaf(model_of("Llama").config))
+    assert inference.keeps_rows_apart(model_of("Llama"))
+
+
+@pytest.mark.parametrize("change", [{"final_logit_softcapping": 30.0}, {"logit_scale": 0.5}])
+def test_a_head_is_not_trusted_on_its_configuration(change):
+    """Small logits pass through a cap of 30 as if there were none, so a few tokens would not show it."""
+    model = model_of("Llama")
+    for name, value in change.items():
+        setattr(model.config, name, value)  # Llama has no such thing
+    assert inference.linear_head(model) is None
+
+
+def test_layers_that_are_computed_twice_are_left_as_they_are():
+    model, (inputs, mask) = model_of("Llama"), batch_of()
+    twice = copy.deepcopy(model).train()
+    twice.gradient_checkpointing_enable()
+    slopes = []
+    for m in (model, twice):
+        m.train()
+        inference.at_head(m, inputs, mask, lambda hidden: hidden.square().sum()).backward()
+        slopes.append([p.grad for p in m.model.parameters()])
+    for a, b in zip(*slopes):
+        torch.testing.assert_close(a, b)
