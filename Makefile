@@ -35,7 +35,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 sweep: $(READY)
-	$(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import sweep; sweep.main('$(PRESET)', '$(OUT)', $(WORKERS))"
+	$(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import study; study.sweep('$(PRESET)', '$(OUT)', $(WORKERS))"
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -e '.[bench]'

@@ -1,10 +1,14 @@
 """Write the README's tables anew from what is committed under results: ``python .ci/readme.py``."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
 from kdlib import results, store
+
+NAMES = {"trl": "TRL's GKD trainer", "live": "kdlib, live teacher", "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64",
+         "sft": "kdlib, SFT"}
 
 
 def markdown(head, rows) -> str:
@@ -33,9 +37,55 @@ def skills(root: Path) -> str:
     return "\n".join(lines)
 
 
+def engine(root: Path) -> str:
+    """Time and memory of a training step, one row an engine, device and size."""
+    rows = []
+    for path in sorted(root.glob("bench/*-steps.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, row in record["found"].items():
+            size, kind = name.split(", ")
+            if kind in NAMES:
+                ratios = [f"{row[k]['median']:.2f}×" if k in row else "" for k in ("faster_than_trl", "memory_of_trl", "step_of_sft")]
+                rows.append([record["device"], size, NAMES[kind], f"{1000 * row['step_s']['median']:.0f} ms", *ratios])
+    return markdown(["device", "size", "engine", "a step", "faster than TRL", "memory of TRL's", "time of an SFT step"], rows)
+
+
+def caches(root: Path) -> str:
+    """What each form of cache takes, and what it does to the loss and its gradient."""
+    rows = []
+    for path in sorted(root.glob("bench/*-cache.json")):
+        for form, row in json.loads(path.read_text(encoding="utf-8"))["found"].items():
+            rows.append([form, f"{row['bytes_per_token']:,.0f}", f"{row['loss'] / row['loss_of_live_teacher'] - 1:+.2%}",
+                         f"{row['relative_error_of_gradient']:.2%}"])
+    return markdown(["form of cache", "bytes a response token", "error of the loss", "of its gradient"], rows)
+
+
+def batching(root: Path) -> str:
+    """How many times faster a step is by how its batch is formed."""
+    rows = []
+    for path in sorted(root.glob("bench/*-batching.json")):
+        for case, row in json.loads(path.read_text(encoding="utf-8"))["found"].items():
+            size, way = case.split(", ")
+            rows.append([size, way, f"{row['faster_than_padded']['median']:.2f}×"])
+    return markdown(["size", "rows of a batch", "faster than padded"], rows)
+
+
+def losses(root: Path) -> str:
+    """Peak memory of the loss."""
+    rows = []
+    for path in sorted(root.glob("bench/*-loss.json")):
+        for case, row in json.loads(path.read_text(encoding="utf-8"))["found"].items():
+            if "naive_peak_mib" in row:
+                rows.append([case, *(f"{row[f'{form}_peak_mib']['median']:,.0f} MiB" for form in ("naive", "chunked"))])
+    return markdown(["loss over", "naive", "in chunks"], rows)
+
+
+BLOCKS = {"claims": claims, "skills": skills, "engine": engine, "caches": caches, "batching": batching, "losses": losses}
+
+
 def generated(text: str, root: Path) -> str:
     """The README's text with what stands between its markers made anew."""
-    for name, make in (("claims", claims), ("skills", skills)):
+    for name, make in BLOCKS.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if start in text:
             head, rest = text.split(start)

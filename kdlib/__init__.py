@@ -3,6 +3,4 @@
 import warnings
 
 __version__ = "0.1.0"
-
-# Notebooks store no widgets, so tqdm has no use for ipywidgets and need not ask for it.
-warnings.filterwarnings("ignore", message="IProgress not found")
+warnings.filterwarnings("ignore", message="IProgress not found")  # notebooks store no widgets, so tqdm need not ask for them

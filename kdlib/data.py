@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from datasets import Dataset
 
@@ -40,12 +39,6 @@ def stretches(labels: list[int]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(labels)]))
 
 
-def marked_text(ids: list[int], labels: list[int], tokenizer) -> str:
-    """A row as text with every stretch that is in the loss between ⟦ and ⟧."""
-    texts = ((tokenizer.decode(ids[start:end]), labels[start]) for start, end in stretches(labels))
-    return " ".join(text if label == IGNORE else f"⟦{text}⟧" for text, label in texts)
-
-
 def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]] | None:
     """Fit a row into ``max_length`` tokens by cutting the middle of its longest prompt stretch; None if that is not enough."""
     if (excess := len(ids) - max_length) <= 0:
@@ -60,10 +53,9 @@ def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[
 
 
 def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False) -> tuple[Dataset, dict]:
-    """Add ``input_ids`` and ``labels``. Returns (dataset, what was counted).
+    """Add ``input_ids`` and ``labels``, prompts shortened to fit. Returns (dataset, what was counted).
 
-    Prompts are shortened to fit ``max_length`` tokens; rows whose answer leaves too little room are a ValueError, or with ``drop``
-    left out and counted.
+    A row whose answer does not fit in ``max_length`` tokens is a ValueError, or with ``drop`` left out and counted.
     """
     rows, report = [], dict.fromkeys(("prompts_shortened", "prompt_tokens_cut", "answer_tokens_cut", "rows_dropped",
                                       "response_tokens"), 0) | {"rows": len(dataset)}
@@ -131,7 +123,7 @@ def example_key(identifier: str) -> int:
 
 
 def places(lengths: list[int]) -> list[list[int]]:
-    """Indices of ``lengths`` on the fewest padded tokens found: one a place, or some that share places of up to twice the longest."""
+    """Indices of ``lengths`` on few padded tokens: one a place, or some that share places of up to twice the longest."""
     best, longest = [[i] for i in range(len(lengths))], max(lengths)
     tokens, order = longest * len(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for count in range(-(-sum(lengths) // (2 * longest)), len(lengths)):
@@ -148,10 +140,9 @@ def places(lengths: list[int]) -> list[list[int]]:
 
 @dataclass
 class Collator:
-    """Batches of ``input_ids`` (B, L) and ``labels`` (B, L + 1), padded on the right.
+    """Batches of ``input_ids`` (B, L) and ``labels`` (B, L + 1), padded on the right; a row's last token is a label only.
 
-    A row's last token predicts nothing and is a label only. Rows with an ``id`` add ``example``, in order of place. With ``pack``
-    rows share sequences where that saves a tenth, and ``position_ids`` start anew with each.
+    ``example`` are the rows' ids, in order of place. With ``pack`` rows share sequences where that saves a tenth of all tokens.
     """
 
     pad_token_id: int
@@ -159,24 +150,17 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         lengths = [max(1, len(r["input_ids"]) - 1) for r in rows]
-        order, width = places(lengths) if self.pack else [], max(lengths)
-        packed = max((sum(lengths[i] for i in place) for place in order), default=0)
-        if shared := 0 < len(order) * packed <= 0.9 * len(rows) * width:
-            width = packed
-        else:
-            order = [[i] for i in range(len(rows))]
-        kind = "position_ids" if shared else "attention_mask"
-        ids, labels, marks = (np.full((len(order), n), filler) for n, filler in (
-            (width, self.pad_token_id), (width + 1, IGNORE), (width, 0)))
-        for line, place in enumerate(order):
-            start = 0
-            for i in place:
-                end = start + lengths[i]
-                ids[line, start:end] = rows[i]["input_ids"][:lengths[i]]
-                labels[line, start + 1:start + len(rows[i]["labels"])] = rows[i]["labels"][1:]  # nothing predicts the first
-                marks[line, start:end] = range(lengths[i]) if shared else 1
-                start = end
-        batch = {name: torch.from_numpy(column) for name, column in (("input_ids", ids), ("labels", labels), (kind, marks))}
+        order = places(lengths) if self.pack else []
+        width = max((sum(lengths[i] for i in place) for place in order), default=0)
+        if not (shared := 0 < len(order) * width <= 0.9 * len(rows) * max(lengths)):
+            order, width = [[i] for i in range(len(rows))], max(lengths)
+        batch, marks = {}, "position_ids" if shared else "attention_mask"
+        for name, first, filler, part in (
+                ("input_ids", [], self.pad_token_id, lambda i: rows[i]["input_ids"][:lengths[i]]),
+                ("labels", [IGNORE], IGNORE, lambda i: [*rows[i]["labels"][1:]] or [IGNORE]),  # nothing predicts a row's first token
+                (marks, [], 0, lambda i: range(lengths[i]) if shared else [1] * lengths[i])):
+            lines = (first + [t for i in place for t in part(i)] for place in order)
+            batch[name] = torch.tensor([line + [filler] * (width + len(first) - len(line)) for line in lines])
         if "id" in rows[0]:
             batch["example"] = torch.tensor([example_key(rows[i]["id"]) for place in order for i in place])
         return batch

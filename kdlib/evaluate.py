@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -23,14 +24,12 @@ def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
 def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int]:
     """1 for every row whose greedy reply verifies, else 0."""
     said = replies(model, tokenizer, [m[:-1] for m in rows["messages"]], max_new_tokens)
-    keys = [k for k in rows.column_names if k not in ("messages", "input_ids", "labels")]
-    return [int(verify(row, reply)) for row, reply in zip(rows.select_columns(keys), said)]
+    return [int(verify(row, reply)) for row, reply in zip(rows.remove_columns(["messages", "input_ids", "labels"]), said)]
 
 
 def macro(outcomes: list[int], groups: list[str]) -> tuple[float, dict[str, float]]:
     """``(mean over groups of the group means, the group means)``."""
-    own = {group: [o for o, g in zip(outcomes, groups) if g == group] for group in sorted(set(groups))}
-    means = {group: sum(of_group) / len(of_group) for group, of_group in own.items()}
+    means = pd.Series(outcomes, dtype=float).groupby(groups).mean().to_dict()
     return sum(means.values()) / len(means), means
 
 
@@ -74,10 +73,7 @@ def bits_per_byte(nll: list[float], answers: list[str]) -> float:
 
 def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: int = 16, clean: list[dict] | None = None,
              teacher=None) -> tuple[dict, dict]:
-    """``(metrics, items)`` of a model on rendered held-out rows.
-
-    ``clean`` are the same rows with faultless answers. Items hold a value a row; ``nll`` is the answer's, in nats.
-    """
+    """``(metrics, items)`` of a model on rendered held-out ``rows``, ``clean`` with faultless answers; items hold a value a row."""
     metrics: dict = {"accuracy": None, "accuracy_unseen": None}
     items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
     if verify:

@@ -52,8 +52,8 @@ def _doing(module, forward):
 def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
     """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass.
 
-    Inside it, parameters that a wrapper shards or synchronises (``wrapped``, if it is not ``model`` itself) are whole. What comes
-    after the last attention is done at ``mask`` alone where that is known how: nothing else would be read.
+    There, parameters that a wrapper (``wrapped``, if not ``model`` itself) shards or synchronises are whole. What comes after the
+    last attention is done at ``mask`` alone where that is known how: nothing else would be read.
     """
     results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
     where = mask.nonzero(as_tuple=True)
@@ -82,52 +82,47 @@ def _after_attention(model) -> tuple:
     return (dense, norm) if known else (None, None)
 
 
-@torch.no_grad()
-def linear_head(model) -> dict | None:
-    """``scale`` and ``softcap`` with which :class:`~kdlib.losses.Head` gives the model's own logits; None if it cannot.
+@contextmanager
+def _few_tokens(model):
+    """Inputs of four tokens, and ``model`` in evaluation mode without gradients for a while."""
+    training, ids = model.training, torch.arange(4, device=model.device)[None] % model.config.vocab_size
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    finally:
+        model.train(training)
 
-    Read from the configuration and checked, on a few tokens and on logits of every size, so that any other model falls back to
-    its own forward pass.
-    """
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
+
+
+def linear_head(model) -> dict | None:
+    """``scale`` and ``softcap`` with which :class:`~kdlib.losses.Head` gives the model's logits, as tried; None if it cannot."""
     module, config = model.get_output_embeddings(), model.config
     if type(module) is not nn.Linear:
         return None
     found = {"scale": getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1),
              "softcap": getattr(config, "final_logit_softcapping", None)}
-    inputs, width = _few_tokens(model), module.weight.shape[0]
-    mask = torch.arange(4, device=module.weight.device)[None] % 2 == 1
-    large = torch.linspace(-99, 99, width).to(module.weight)
-    training = model.training
-    model.eval()
-    try:
-        own = [response_logits(model, inputs, mask).float()]
-        ours = [at_head(model, inputs, mask, lambda hidden: Hidden(hidden, Head(module.weight, module.bias, **found)).logits).float()]
-        with _doing(module, lambda hidden: large.expand(*hidden.shape[:-1], width)):
-            own.append(model(**inputs, use_cache=False).logits[0].float())
-        ours.append(Head(module.weight, **found).shape(large).float())
-    finally:
-        model.train(training)
-    return found if all(torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max())) for a, b in zip(own, ours)) else None
+    head, large = Head(module.weight, module.bias, **found), torch.linspace(-99, 99, module.weight.shape[0]).to(module.weight)
+    with _few_tokens(model) as inputs:
+        mask = inputs["input_ids"] % 2 == 1
+        own = response_logits(model, inputs, mask)
+        ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, head).logits)
+        with _doing(module, lambda hidden: large.expand(*hidden.shape[:-1], -1)):
+            shaped = model(**inputs, use_cache=False).logits[0]
+    return found if _close(own, ours) and _close(shaped, head.shape(large).expand_as(shaped)) else None
 
 
-@torch.no_grad()
 def keeps_rows_apart(model) -> bool:
     """Whether ``position_ids`` that start anew keep rows that share a sequence from reading each other, as packing needs."""
-    training, alone = model.training, _few_tokens(model)["input_ids"]
-    model.eval()
-    try:
-        once = model(input_ids=alone, use_cache=False).logits[:, 1:]
-        marks = torch.arange(4, device=model.device).repeat(2, 2)
-        twice = model(input_ids=alone.flip(1).repeat(2, 2).scatter(1, marks[:, :4] + 4, alone.repeat(2, 1)), position_ids=marks,
-                      use_cache=False).logits[:, 5:]
-    finally:
-        model.train(training)
-    return torch.allclose(once.expand_as(twice), twice, rtol=1e-2, atol=1e-2 * float(once.abs().max()))
-
-
-def _few_tokens(model) -> dict:
-    ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with _few_tokens(model) as inputs:
+        row = inputs["input_ids"]
+        alone = model(input_ids=row, use_cache=False).logits[:, 1:]
+        pair, marks = torch.cat([row.flip(1), row], 1).repeat(2, 1), torch.arange(4, device=row.device).repeat(2, 2)
+        behind = model(input_ids=pair, position_ids=marks, use_cache=False).logits[:, 5:]
+    return _close(alone.expand_as(behind), behind)
 
 
 @torch.no_grad()

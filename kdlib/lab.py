@@ -1,8 +1,8 @@
 """The lab world: a seeded, procedural instruction world in plain text, with a verifier for every answer.
 
-Its ten skills follow categories of Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning
-(sort, reverse), another language (translate), precise instructions (name). Annotators answer in several styles and slip at a
-stated rate. What the test and validation splits ask, the training split never does; a third of the phrasings are *unseen*.
+Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse),
+another language (translate), precise instructions (name). Annotators answer in several styles and slip at a stated rate. What
+the test and validation splits ask, the training split never does; a third of the phrasings are *unseen*.
 """
 
 import random

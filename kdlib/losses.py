@@ -1,7 +1,6 @@
 """Divergences and the distillation loss on response rows, from logits or, in chunks of rows, from hidden states.
 
-Rows are response positions: ``logits`` (N, V) has one for each token that the student has to predict. Sums over rows are divided
-by the global number of response tokens, so splitting a batch over micro-batches or devices never changes the gradient.
+A row is a response token to predict. Sums over rows are divided by the step's number of them, however a batch is split.
 """
 
 import math
@@ -65,8 +64,7 @@ class Objective:
 class Sparse(NamedTuple):
     """A teacher known on some tokens of each row: ``ids`` and ``log_probs`` (N, K), at the objective's temperature.
 
-    ``log_tail`` (N,) is the log of the mass outside ``ids``, compared as one bucket; −inf where ``log_probs`` sum to one.
-    ``offset`` (N,), if given, is added to each row's value.
+    ``log_tail`` (N,) is the log of the mass outside ``ids``, one bucket, or −inf; ``offset`` (N,) is added to a row's value.
     """
 
     ids: torch.Tensor
@@ -110,8 +108,8 @@ def divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind:
                skew: float = 0.1, temperature: float = 1.0) -> torch.Tensor:
     """D(teacher, student) of each row, shape (N,), in nats (total variation: between 0 and 1); zero for equal inputs.
 
-    Both inputs have shape (N, V); −inf marks a token that cannot come. The kinds are those of :class:`Objective`. No T² here.
-    The gradient flows to the student only. Raises ValueError if shapes differ or a setting is not allowed.
+    Both inputs have shape (N, V); −inf marks a token that cannot come. The kinds are those of :class:`Objective`. No T² here, and
+    no gradient to the teacher. Raises ValueError if shapes differ or a setting is not allowed.
     """
     _check_shapes(student_logits, teacher_logits)
     return _divergence(_wide(student_logits), teacher_logits, Objective(1.0, kind, beta, skew, temperature))
@@ -122,9 +120,8 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
     """The sum over rows of (1−α)·CE + α·T²·D, divided by ``num_items``; a scalar in nats per token.
 
     ``student_logits`` (N, V); ``targets`` (N,) token ids; ``teacher`` its logits (N, V), :class:`Sparse` or :class:`Hidden`;
-    ``num_items`` the response tokens of the whole optimizer step; ``settings`` those of :class:`Objective`. Columns from ``vocabulary``
-    on are padding, as if their logits were −inf. No rows: loss and gradient are zero. Raises ValueError if a teacher is missing or
-    shapes differ.
+    ``num_items`` the response tokens of the whole optimizer step; ``settings`` those of :class:`Objective`. Columns from
+    ``vocabulary`` on count as −inf. No rows: zero loss and gradient. ValueError if a teacher is missing or shapes differ.
     """
     objective = Objective(**settings).with_teacher(teacher)
     logits = _wide(student_logits[:, :vocabulary])
@@ -140,15 +137,13 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
                              **settings) -> torch.Tensor:
     """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, never holding more than ``chunk_size`` rows of logits.
 
-    Value and gradients (of hidden states, weight and bias) are those of the plain form. Gradients are made in the forward pass,
-    the weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has about four million logits.
+    Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the
+    weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has about four million logits.
     """
     objective = Objective(**settings).with_teacher(teacher)
     head = head.narrow(vocabulary)
-    if isinstance(teacher, Hidden):
-        teacher = teacher._replace(head=teacher.head.narrow(vocabulary))
-    elif isinstance(teacher, torch.Tensor):
-        teacher = teacher[:, :vocabulary]
+    if isinstance(teacher, (Hidden, torch.Tensor)):
+        teacher = teacher[:, :vocabulary] if torch.is_tensor(teacher) else teacher._replace(head=teacher.head.narrow(vocabulary))
     width = teacher.head.weight.shape[0] if isinstance(teacher, Hidden) else getattr(teacher, "shape", (0, 0))[-1]
     if width and width != head.weight.shape[0]:
         raise ValueError(f"The student's head has {head.weight.shape[0]} tokens and the teacher's {width}; give the common vocabulary.")
@@ -212,6 +207,12 @@ def _kl(a, log_a, log_b) -> torch.Tensor:
     return (a * (log_a - log_b).masked_fill(a == 0, 0)).sum(-1)
 
 
+def _part(teacher, rows: slice):
+    if isinstance(teacher, Hidden):
+        return teacher._replace(states=teacher.states[rows]).logits
+    return Sparse(*(x if x is None else x[rows] for x in teacher)) if isinstance(teacher, Sparse) else teacher[rows]
+
+
 class _Chunked(torch.autograd.Function):
     """The summed loss of all rows; every gradient is ready when the forward pass ends."""
 
@@ -226,13 +227,7 @@ class _Chunked(torch.autograd.Function):
         total = _wide(hidden[:0]).new_zeros(())
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            given = teacher
-            if isinstance(teacher, Hidden):
-                given = teacher._replace(states=teacher.states[rows]).logits
-            elif isinstance(teacher, Sparse):
-                given = Sparse(*(None if column is None else column[rows] for column in teacher))
-            elif teacher is not None:
-                given = teacher[rows]
+            given = None if teacher is None else _part(teacher, rows)
             linear = head.linear(hidden[rows]).requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 loss = _row_losses(head.shape(linear), targets[rows], given, objective).sum()

@@ -62,12 +62,8 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
 
 def load(path: str | Path, device: str | torch.device = "cpu"):
     """``(model, tokenizer)`` from a folder that ``save_pretrained`` of both wrote; safetensors only."""
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval(), load_tokenizer(path)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder; left padding is for generation."""
-    return PreTrainedTokenizerFast.from_pretrained(path, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, padding_side="left")
+    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval(), tokenizer
 
 
 def device() -> str:

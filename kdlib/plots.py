@@ -18,9 +18,7 @@ OPTIONS = {"svg.hashsalt": "kdlib", "font.size": 10, "axes.spines.top": False, "
            "grid.alpha": 0.3, "figure.constrained_layout.use": True}
 
 
-@matplotlib.rc_context(OPTIONS)
-def _axes(width: float = 6.4, height: float = 4.0):
-    return plt.subplots(figsize=(width, height))
+_axes = matplotlib.rc_context(OPTIONS)(lambda width=6.4, height=4.0: plt.subplots(figsize=(width, height)))
 
 
 def _budget_axis(ax, budgets) -> None:

@@ -38,10 +38,8 @@ class Preset:
     """One size of the study.
 
     ``source`` says what data (``kind`` names a loader of :mod:`kdlib.stages`; its first ``train_rows`` rows are used),
-    ``student`` and ``teachers`` which models and how they are pre-trained (a teacher is then tuned on all of the training
-    data), ``steps`` × ``batch_size`` what every run trains, ``learning_rate`` what the sweep chose for each method at each
-    budget it tried. ``sweep`` is that sweep: its own worlds and seeds, scored on validation rows. Batches are formed from rows of like
-    length within ``length_window`` batches.
+    ``student`` and ``teachers`` which models and how they are pre-trained and teachers tuned, ``steps`` × ``batch_size`` what every
+    run trains, in batches of like length within ``length_window`` of them, ``learning_rate`` what the ``sweep`` chose.
     """
 
     name: str

@@ -19,10 +19,7 @@ FIELDS = (*KEYS, "metrics", "items", "config", "provenance", "checksum")
 CLAIM_FIELDS = tuple("claim preset world_seeds contrast estimate ci_low ci_high n_seeds delta verdict run_ids".split())
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "scipy")
 
-
-def run_id(config: dict) -> str:
-    """The id of a run: a hash of its configuration, which holds only what can change the result."""
-    return store.digest(config)
+run_id = store.digest  # of a run's configuration, which holds only what can change the result
 
 
 def record_path(root: Path, preset: str, identifier: str) -> Path:

@@ -25,7 +25,6 @@ disable_progress_bars()  # writing an artefact is a matter of milliseconds, and 
 logging.disable_progress_bar()
 
 SOURCES = {"lab": lab, "text": text}
-path = store.artefact_path  # the folder of an artefact
 
 
 @dataclass
@@ -43,11 +42,9 @@ class Bundle:
 
 def model_specs(config: dict) -> tuple[dict, dict | None]:
     """What fixes the student's initial weights, and the tuned teacher's (None without one)."""
-    base, tuned = {"data": config["data"], "pretrain": config["student"]}, None
-    if config["teacher"]:
-        pretrain = {k: v for k, v in config["teacher"].items() if k != "tuning"}
-        tuned = {"data": config["data"], "pretrain": pretrain, "tuning": config["teacher"]["tuning"]}
-    return base, tuned
+    teacher = dict(config["teacher"] or {})
+    tuned = {"data": config["data"], "tuning": teacher.pop("tuning"), "pretrain": teacher} if teacher else None
+    return {"data": config["data"], "pretrain": config["student"]}, tuned
 
 
 def target_spec(tuned: dict) -> dict:
@@ -68,14 +65,10 @@ def cost(kind: str, spec: dict) -> float:
         return 0.0
     if kind == "targets":  # a forward pass alone, a third of a step's work
         return cost("teacher", {**spec["teacher"], "tuning": {"steps": spec["teacher"]["data"]["train_rows"], "batch_size": 1}}) / 3
-    how = spec["student"] if kind == "run" else spec["pretrain"]
-    shape, length = models.LADDER[how["model"]], spec["data"]["max_length"] / 3
-    step = 36.0 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2
-    if kind == "base":
-        return step * how["steps"] * how["batch_size"] * how["block"]
-    if kind == "teacher":
-        return step * spec["tuning"]["steps"] * spec["tuning"]["batch_size"] * length
-    return step * (spec["steps"] * spec["batch_size"] + 1000) * length
+    shape = models.LADDER[(spec["student"] if kind == "run" else spec["pretrain"])["model"]]
+    how = {"run": spec, "base": spec.get("pretrain"), "teacher": spec.get("tuning")}[kind]
+    rows = how["steps"] * how["batch_size"] + (1000 if kind == "run" else 0)  # of which a thousand for the evaluation
+    return 36.0 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2 * rows * how.get("block", spec["data"]["max_length"] / 3)
 
 
 def make(root: Path, kind: str, spec: dict) -> Path:
@@ -125,7 +118,7 @@ def read_data(root: Path, spec: dict) -> Bundle:
     return Bundle(train=rows, skills=list(train["skill"]), held=held, clean=clean,
                   verify=getattr(SOURCES[spec["source"]["kind"]], "verifier", lambda _: None)(spec["world_seed"]),
                   report=json.loads((folder / "report.json").read_text(encoding="utf-8")),
-                  tokenizer=models.load_tokenizer(folder / "tokenizer"))
+                  tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left"))
 
 
 def _build_base(root: Path, spec: dict, folder: Path) -> None:
@@ -171,7 +164,7 @@ def tasks(configs: list[dict], root: Path, preset: str, experiment: str) -> list
         for kind, spec in needed(config):
             key = f"{kind}-{store.digest(spec)}"
             out.setdefault(key, Task(key, make, (root, kind, spec), tuple(needs),
-                                     0.0 if path(root, kind, spec).is_dir() else cost(kind, spec)))
+                                     0.0 if store.artefact_path(root, kind, spec).is_dir() else cost(kind, spec)))
             needs = [n for n in needs if not n.startswith("data")] + [key]
         key = results.run_id(config)
         out[key] = Task(key, execute, (root, preset, experiment, config), tuple(needs), cost("run", config))
@@ -191,7 +184,7 @@ def hashes(root: Path, config: dict) -> dict:
     """Content hashes of the artefacts of a run."""
     base, tuned = model_specs(config)
     specs = (("data", "data", config["data"]), ("student", "base", base), ("teacher", "teacher", tuned))
-    return {f"{name}_hash": store.content_hash(path(root, kind, spec)) if spec else None for name, kind, spec in specs}
+    return {f"{name}_hash": store.content_hash(store.artefact_path(root, kind, spec)) if spec else None for name, kind, spec in specs}
 
 
 @lru_cache(maxsize=2)
@@ -205,7 +198,7 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     base, tuned = model_specs(config)
     student, tokenizer = models.load(make(root, "base", base), models.device())
     teacher = models.load(make(root, "teacher", tuned), models.device())[0] if tuned else None
-    targets = teachers.Cached(make(root, "targets", target_spec(tuned))) if tuned else None
+    targets = teachers.Cached(make(root, "targets", target_spec(tuned)), teacher) if tuned else None
     pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
     objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
     rows, loss = fit(student, tokenizer, bundle.train, pool, config, teacher=targets, objective=objective)
@@ -217,18 +210,16 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     metrics["train_loss"] = loss
     for name, kind, spec in (("untuned", "base", base), ("teacher", "teacher", tuned)):
         if spec:
-            own = json.loads((path(root, kind, spec) / "evaluation.json").read_text(encoding="utf-8"))[split]
+            own = json.loads((store.artefact_path(root, kind, spec) / "evaluation.json").read_text(encoding="utf-8"))[split]
             metrics |= {f"{name}_{k}": v for k, v in own.items()}
     metric = METRICS["accuracy" if bundle.verify else "bits_per_byte"]
-    kib = 2**10 if sys.platform == "darwin" else 1  # what getrusage counts in
     provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(),
                   **hashes(root, config), "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
                   "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
                   "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
                   "tokens": sum(len(r["input_ids"]) for r in rows),
                   "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report,
-                  "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // kib // 1024}
+                  "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
     return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
             "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
-            "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config,
-            "provenance": provenance}
+            "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config, "provenance": provenance}

@@ -1,14 +1,13 @@
 """Teacher targets behind one interface: a live model, or a cache of what it said about every training example.
 
-A teacher has ``prepare(student, tokenizer, dataset, objective, device)``, which checks before training all that can be checked
-and returns the common vocabulary, and ``targets(inputs, mask)``, a batch's teacher rows as :mod:`kdlib.losses` takes them.
+``prepare(student, tokenizer, dataset, objective, device)`` checks before training all that can be checked and returns the common
+vocabulary; ``targets(inputs, mask)`` are a batch's teacher rows as :mod:`kdlib.losses` takes them.
 
-A cache is a folder of Arrow shards with manifests. Targets are found by example id, never by order, and a cache of another
-teacher, tokenizer, template or text is refused. Four forms: ``full``, all logits, exact at any temperature; ``hidden``, what the
-teacher's LM head reads and that head once, as exact and smaller where the vocabulary is wider than the teacher; ``top_k``, the k
-largest log-probabilities, the mass of all others in one bucket (``tail="bucket"``, which never overstates the divergence) or
-dropped and the k renormalised (``tail="renormalise"``, which sharpens the teacher); ``sampled``, k tokens drawn from the teacher
-and its entropy, with which forward KL and its gradient are unbiased (Anshumann et al. 2025, arXiv 2503.16870).
+A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits, exact at
+any temperature; ``hidden``, what the teacher's LM head reads and that head once, as exact and smaller where the vocabulary is
+wider than the teacher; ``top_k``, the k largest log-probabilities, the mass of all others in one bucket (``tail="bucket"``, which
+never overstates the divergence) or dropped (``tail="renormalise"``, which sharpens the teacher); ``sampled``, k tokens drawn from
+the teacher and its entropy: forward KL and its gradient are unbiased (Anshumann et al. 2025, arXiv 2503.16870).
 """
 
 import hashlib
@@ -68,35 +67,36 @@ def weights_hash(model) -> str:
     return sha.hexdigest()
 
 
-def row_hash(row: dict) -> str:
-    """Hash of a rendered row's tokens and labels."""
-    return hashlib.sha256(np.asarray([row["input_ids"], row["labels"]], dtype=np.int64).tobytes()).hexdigest()[:16]
+def _tokens(row: dict) -> str:
+    return store.digest([row["input_ids"], row["labels"]])
 
 
 def _identity(tokenizer) -> dict:
+    if tokenizer is None:
+        raise ValueError("A cached teacher needs the student's tokenizer (processing_class), to compare it with its own.")
     return {"tokenizer": store.digest(tokenizer.get_vocab()), "template": store.digest(tokenizer.chat_template)}
 
 
 @torch.no_grad()
 def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form: str = "top_k", k: int = 64, tail: str = "bucket",
                 temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32) -> Path:
-    """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``).
+    """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``), in ``dtype``.
 
-    Shards that are whole are kept, so a writer that was killed goes on where it was. ``dtype`` is that of the stored numbers.
-    Raises ValueError on a bad setting, on rows with the same id, or if ``folder`` holds a cache of something else.
+    Whole shards are kept, so a killed writer goes on where it was. ValueError on a bad setting, on rows with the same id, or if
+    ``folder`` holds something else.
     """
     folder, vocabulary = Path(folder), len(tokenizer)
-    for name, value in (("form", form), ("tail", tail), ("dtype", dtype)):
-        if value not in ALLOWED[name]:
-            raise ValueError(f"{name}={value!r} is not allowed; allowed: {', '.join(ALLOWED[name])}.")
-    if form not in EXACT and not 1 <= k <= (vocabulary if form == "top_k" else 2**16):
-        raise ValueError(f"k={k!r} is not allowed; allowed: 1 to {vocabulary}, the size of the vocabulary.")
-    if not 1 <= shard_rows <= 1000:
-        raise ValueError(f"shard_rows={shard_rows!r} is not allowed; allowed: 1 to 1000, which Arrow keeps in one piece.")
+    most = vocabulary if form == "top_k" else 2**16
+    for name, value, fine, allowed in (
+            *((n, v, v in ALLOWED[n], ", ".join(ALLOWED[n])) for n, v in (("form", form), ("tail", tail), ("dtype", dtype))),
+            ("k", k, form in EXACT or 1 <= k <= most, f"1 to {most}"),
+            ("shard_rows", shard_rows, 1 <= shard_rows <= 1000, "1 to 1000, which Arrow keeps in one piece")):
+        if not fine:
+            raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
     if len({str(r["id"]) for r in rows}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one.")
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype,
-            "rows": store.digest([[r["id"], row_hash(r)] for r in rows]), "shard_rows": shard_rows}
+            "rows": store.digest([[r["id"], _tokens(r)] for r in rows]), "shard_rows": shard_rows}
     if form not in EXACT:
         spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature}
         spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
@@ -114,10 +114,9 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
 
 def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
                   seed: int = 0, shard_rows: int = 1000) -> Dataset:
-    """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each: data for sequence-level distillation.
+    """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled.
 
-    Fine-tuning on them is the method of Kim & Rush 2016 (arXiv 1606.07947). Greedy at temperature 0, else sampled. They are kept
-    in ``folder`` by shards, as a cache is: a writer that was killed goes on. Raises ValueError if it holds something else.
+    Fine-tuning on them is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is written as a cache's.
     """
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([[r["id"], r["messages"]] for r in rows]),
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows}
@@ -168,7 +167,7 @@ def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows
         parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in _pack(model, batch, mask, spec, generator).items()}
         for place, i in enumerate(chunk):
             out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
-    keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [row_hash(r) for r in rows]}
+    keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [_tokens(r) for r in rows]}
     Dataset.from_dict({**keys, **{n: [o[n] for o in out] for n in out[0]}}).save_to_disk(work, num_shards=1)
 
 
@@ -202,8 +201,8 @@ class Cached:
         if self.spec["form"] == "hidden":
             self.head = load_file(store.check_files(self.folder / "head") / "head.safetensors")
         self.shards, self.place, size, tokens = [], {}, 0, 0
-        widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "entropy": 1, "log_tail": 1}
-        self.widths = {n: widths.get(n, self.spec.get("k")) for n in ("logits", "hidden", "ids", "log_probs", "entropy", "log_tail")}
+        k = self.spec.get("k")
+        self.widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "ids": k, "log_probs": k, "entropy": 1, "log_tail": 1}
         complete = json.loads(done.read_text())
         if complete.get("spec") != store.digest(self.spec):
             raise ValueError(f"The cache in {folder} was changed after it was written (spec.json); write it anew in a new folder.")
@@ -221,8 +220,6 @@ class Cached:
     def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int:
         """Check the cache against everything it depends on and return its vocabulary. Raises ValueError with the reason."""
         spec, where = self.spec, f"the cache in {self.folder}"
-        if tokenizer is None:
-            raise ValueError("A cached teacher needs the student's tokenizer (processing_class), to compare it with its own.")
         for part, value in _identity(tokenizer).items():
             if value != spec[part]:
                 raise ValueError(f"T{where[1:]} was made with another {part}; write it anew.")
@@ -237,7 +234,7 @@ class Cached:
             raise ValueError(f"kind={objective.kind!r} is infinite where a renormalised cache has no mass; allowed: tail='bucket'.")
         for row in dataset:
             found = self.place.get(example_key(row["id"]))
-            if found is None or found[2] != row_hash(row):
+            if found is None or found[2] != _tokens(row):
                 raise ValueError(f"T{where[1:]} {'has no' if found is None else 'holds other tokens for'} example {row['id']!r}; "
                                  "write it anew for these data.")
         self.head = self.head and {n: v.to(device) for n, v in self.head.items()}

@@ -15,17 +15,14 @@ from kdlib.store import file_hash
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """Rows of a UTF-8 JSON-lines file, plain or gzip. Raises ValueError with file and line on a malformed row."""
-    opener = gzip.open if str(path).endswith(".gz") else open
     rows, number = [], 0
     try:
-        with opener(path, "rb") as lines:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(json.loads(line.decode("utf-8")))
-                    if not isinstance(rows[-1], dict):
-                        raise ValueError(f"a {type(rows[-1]).__name__}, but a row is an object")
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        number += not isinstance(error, ValueError)  # a broken archive ends before the line that it spoils
+                    rows.append({**json.loads(line.decode("utf-8"))})
+    except (ValueError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        number += not isinstance(error, (ValueError, TypeError))  # a broken archive ends before the line that it spoils
         raise ValueError(f"{path}, line {number}: not a JSON object in UTF-8 ({error}).") from error
     return rows
 
@@ -93,11 +90,14 @@ def origin(**source) -> dict[str, str] | None:
     return {p.name: file_hash(p) for p in paths if p.is_file()} or None
 
 
+def _place() -> str:
+    return "local" if os.environ.get("KDLIB_DATA") else "hub"
+
+
 def _plain(source: dict) -> list[str]:
     rows = load_rows(source)
     if odd := next((i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), 0):
-        name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
-        raise ValueError(f"{name}, row {odd} has no 'text'; its columns are {sorted(rows[odd - 1])}.")
+        raise ValueError(f"{source[_place()]}, row {odd} has no 'text'; its columns are {sorted(rows[odd - 1])}.")
     return [row["text"] for row in rows if row["text"].strip()]
 
 
@@ -108,8 +108,7 @@ def _conversations(source: dict) -> tuple[dict[str, dict], int]:
         try:
             messages = to_messages(row)
         except ValueError as error:
-            name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{source[_place()]}: {error}") from error
         found = source.get("category_in_id") and re.match(source["category_in_id"], str(row.get("id")))
         kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
         prompt = "\n".join(m["content"].strip() for m in messages if m["role"] != "assistant")

@@ -20,10 +20,9 @@ class DistillationTrainer(Trainer):
     Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with the settings of
     :class:`~kdlib.losses.Objective`. On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the
     batches takes the student's own samples for answers, of at most ``max_new_tokens``, and a live teacher's word on them. The sum
-    over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Only
-    response positions go through the LM head, in chunks. Batches are by default those of :class:`~kdlib.data.Collator`, with rows
-    that share sequences where the model keeps them apart. Raises ValueError before training on a bad setting, a missing teacher,
-    or one that does not fit student and data.
+    over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Batches are by
+    default those of :class:`~kdlib.data.Collator`, packed where the model keeps rows apart. Raises ValueError before training on a
+    bad setting, a missing teacher, or one that does not fit student and data.
     """
 
     loss_is_scaled_for_ga = True

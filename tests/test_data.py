@@ -21,9 +21,9 @@ def talk(*turns):
 
 def test_only_the_assistants_words_and_end_token_are_labels(tokenizer):
     ids, labels = data.encode(talk("what is 2 + 3 ?", "it is 5 .", "sort c a .", "a c"), tokenizer)
-    expected = "<|user|> what is 2 + 3 ? <|end|> <|assistant|> ⟦it is 5 . <|end|>⟧ " \
-               "<|user|> sort c a . <|end|> <|assistant|> ⟦a c <|end|>⟧"
-    assert data.marked_text(ids, labels, tokenizer) == expected
+    texts = [(tokenizer.decode(ids[start:end]), labels[start] != IGNORE) for start, end in data.stretches(labels)]
+    assert texts == [("<|user|> what is 2 + 3 ? <|end|> <|assistant|>", False), ("it is 5 . <|end|>", True),
+                     ("<|user|> sort c a . <|end|> <|assistant|>", False), ("a c <|end|>", True)]
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels))
 
 

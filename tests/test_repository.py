@@ -14,7 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from kdlib import results, store, study, sweep
+from kdlib import results, store, study
 from kdlib.presets import PRESETS
 
 ROOT = results.REPOSITORY
@@ -67,7 +67,7 @@ def test_the_library_stays_slim():
 
 
 def test_reading_results_needs_no_torch():
-    code = "import sys; from kdlib import results, stats, plots, study, sweep; sys.exit('torch' in sys.modules)"
+    code = "import sys; from kdlib import results, stats, plots, study; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -81,7 +81,7 @@ def test_every_committed_record_is_whole_and_belongs_to_a_design(name):
     if tracked.returncode:
         pytest.skip("not a git checkout")
     ids = {Path(p).stem for p in tracked.stdout.split()}  # a reader's own runs beside them do no harm
-    assert ids == set(committed(name).ids) | set(sweep.plan(PRESETS[name], RESULTS).ids)
+    assert ids == set(committed(name).ids) | set(study.sweep_plan(PRESETS[name], RESULTS).ids)
     for r in results.read_records(RESULTS, name, sorted(ids)):
         assert r["provenance"]["code_dirty"] is False and len(r["provenance"]["code_version"]) == 40
         assert {"id", "suite", "nll", "bytes"} <= set(r["items"])
@@ -99,8 +99,8 @@ def test_tables_figures_and_claims_follow_from_the_records(name, tmp_path, monke
             exec(cell.source, namespace)
         if "parameters" in cell.metadata.get("tags", []):
             namespace |= {"preset": name, "results_dir": str(tmp_path), "train_missing": False}
-    planned = sweep.plan(PRESETS[name], RESULTS)
-    table = sweep.table(results.read_records(RESULTS, name, planned.ids), PRESETS[name])
+    planned = study.sweep_plan(PRESETS[name], RESULTS)
+    table = study.sweep_table(results.read_records(RESULTS, name, planned.ids), PRESETS[name])
     results.write_table(table, tmp_path / name / "tables" / "lr_sweep.csv")
     stored, again = ({p.relative_to(root / name) for p in (root / name).rglob("*") if p.is_file() and "notebooks" not in p.parts}
                      for root in (RESULTS, tmp_path))
@@ -164,6 +164,18 @@ def test_the_data_dictionary_knows_every_field():
             assert columns <= words, columns - words
         for claim in json.loads((RESULTS / name / "claims.json").read_text()):
             assert set(claim) <= words
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "bench").glob("*.json")), ids=lambda p: p.stem)
+def test_a_benchmark_says_where_and_how_often_it_measured(path):
+    record, words = json.loads(path.read_text()), set(re.findall(r"`([^`\n]+)`", (RESULTS / "README.md").read_text(encoding="utf-8")))
+    assert record["environment"]["code_dirty"] is False and record["packages"]["torch"] == "2.13.0" and record["device"]
+    assert record["benchmark"] == path.stem.rpartition("-")[2] and len(record["found"]) > 4
+    for row in record["found"].values():
+        for name, value in (row if isinstance(row, dict) else {}).items():
+            assert name in words, name
+            if isinstance(value, dict):
+                assert value["min"] <= value["median"] <= value["max"] and value["n"] >= 5
 
 
 def test_nothing_names_a_machines_folders():

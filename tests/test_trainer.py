@@ -332,10 +332,12 @@ def by_torchrun(mode, folder):
     return [load_file(folder / name) for name in ("1", "2")]
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("mode", ["trained", "own"])
+def test_two_processes_train_as_one(tmp_path, mode):
     """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
-    one, two = by_torchrun("trained", tmp_path)
-    assert distance(one, load_file(tmp_path / "1.start")) > 1e-3 and distance(one, two) < 1e-6
+    one, two = by_torchrun(mode, tmp_path)
+    moved = distance(one, load_file(tmp_path / "1.start"))
+    assert moved > 1e-3 and distance(one, two) < 1e-5 * moved
 
 
 def test_a_student_in_shards_has_the_gradient_of_a_whole_one(tmp_path):

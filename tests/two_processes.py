@@ -1,6 +1,7 @@
-"""Distillation in processes that torchrun starts: ``two_processes.py trained|sharded FILE``.
+"""Distillation in processes that torchrun starts: ``two_processes.py trained|own|sharded FILE``.
 
-``trained`` writes the weights after three steps, ``sharded`` the gradient of one batch with a student in FSDP2 shards.
+``trained`` writes the weights after three steps, ``own`` the same on the answers of a student that is sure of its words, so that
+samples are the same everywhere, ``sharded`` the gradient of one batch with a student in FSDP2 shards.
 """
 
 import os
@@ -34,11 +35,15 @@ def save(tensors, name=file):
 with tempfile.TemporaryDirectory() as folder:
     size = 8 // int(os.environ["WORLD_SIZE"])
     args = TrainingArguments(folder, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=3, optim="sgd",
-                             learning_rate=0.1, max_grad_norm=0.0, per_device_train_batch_size=size,
+                             learning_rate=1e-7 if mode == "own" else 0.1, max_grad_norm=0.0, per_device_train_batch_size=size,
                              gradient_accumulation_steps=2, train_sampling_strategy="sequential", remove_unused_columns=False)
+    own = mode == "own"
+    if own:
+        student.model.norm.weight.data *= 1e4
     trainer = DistillationTrainer(model=student, args=args, processing_class=tokenizer, data_collator=data.Collator(0),
-                                  train_dataset=rows, teacher=Live(teacher, tokenizer), objective=Objective(0.7))
-    if mode == "trained":
+                                  train_dataset=rows, teacher=Live(teacher, tokenizer), objective=Objective(1.0 if own else 0.7),
+                                  lmbda=float(own), max_new_tokens=6)
+    if mode != "sharded":
         save(student.state_dict().items(), file + ".start")
         trainer.train()
         save(student.state_dict().items())

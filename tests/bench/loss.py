@@ -8,7 +8,6 @@ import json
 import sys
 import time
 
-import psutil
 import torch
 import torch.nn.functional as F
 from step import memory
@@ -41,7 +40,7 @@ def main(form: str, tokens: int, vocabulary: int, share: float) -> dict:
     hidden, states = (drawn(tokens, width).mul_(width ** 0.5).requires_grad_(i == 0) for i, width in enumerate(sizes))
     mask = (torch.rand(tokens, generator=generator) < share).to(hidden.device)
     targets = torch.randint(vocabulary, (tokens,), generator=generator).to(hidden.device)
-    start = torch.cuda.memory_allocated() / 2**20 if cuda else psutil.Process().memory_info().rss / 2**20
+    start = memory(anew=True)
     began = time.perf_counter()
     name, _, rows = form.partition(" ")
     compute = {"naive": naive, "chunked": chunked}[name]

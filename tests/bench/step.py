@@ -10,11 +10,13 @@ floating-point operations of a step are counted instead, in three steps with pla
 import json
 import multiprocessing
 import random
+import re
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -51,11 +53,18 @@ def conversations(size, steps):
             for _ in range(steps * size["rows"])]
 
 
-def memory() -> float:
-    """Peak memory so far, in MiB: the process's on a CPU, allocated tensors on a GPU."""
+def memory(anew: bool = False) -> float:
+    """Peak memory in MiB, of the process or of a GPU's tensors: since it began, or with ``anew`` from now on (on Linux)."""
     if torch.cuda.is_available():
+        if anew:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status")
+    if anew and status.exists():
+        Path("/proc/self/clear_refs").write_text("5")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def inputs(name: str, steps: int):
@@ -90,7 +99,7 @@ def main(engine: str, name: str, count: str = "") -> dict:
     tokenizer, messages, rows = inputs(name, steps)
     if engine == "trl":
         import trl.experimental.gkd as gkd
-    baseline, marks = memory(), []
+    baseline, marks = memory(anew=True), []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
