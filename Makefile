@@ -21,8 +21,7 @@ study: $(READY)
 	  $(BIN)/papermill $$nb "$$part" -p preset $(PRESET) -p results_dir "$(OUT)" \
 	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; \
 	  mv -f "$$part" "$$copy"; done
-	@$(BIN)/python -c "from pathlib import Path; from kdlib import results; \
-	  print(results.claims_table([Path('$(OUT)/$(PRESET)')]).to_string(index=False))"
+	@$(BIN)/python .ci/readme.py "$(OUT)"
 
 smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke

@@ -1,14 +1,15 @@
-"""Write the README's tables anew from what is committed under results: ``python .ci/readme.py``."""
+"""Write the README's tables anew from what is committed under results; with a results folder, print its claims instead."""
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
 
 from kdlib import results, store
 
-NAMES = {"trl": "TRL's GKD trainer", "live": "kdlib, live teacher", "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64",
-         "sft": "kdlib, SFT"}
+NAMES = {"trl": "TRL's GKD trainer", "trl tokenized": "the same, tokenized before", "live": "kdlib, live teacher",
+         "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64", "sft": "kdlib, SFT"}
 
 
 def markdown(head, rows) -> str:
@@ -18,8 +19,10 @@ def markdown(head, rows) -> str:
 
 def claims(root: Path) -> str:
     """The verdicts on all claims."""
-    table = results.claims_table([p.parent for p in sorted(root.glob("*/claims.json"))])
-    return markdown(table.columns, table.values)
+    rows = [[c["preset"], c["claim"], c["contrast"], f"{c['estimate']:+.4f}", f"[{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]",
+             str(c["n_seeds"]), ", ".join(map(str, c["world_seeds"])), c["verdict"]]
+            for p in sorted(root.glob("*/claims.json")) for c in results.read_claims(p.parent)]
+    return markdown(["preset", "claim", "contrast", "estimate", "95% interval", "seeds", "world", "verdict"], rows)
 
 
 def skills(root: Path) -> str:
@@ -94,6 +97,8 @@ def generated(text: str, root: Path) -> str:
     return text
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:]:
+    print(claims(Path(sys.argv[1])))
+elif __name__ == "__main__":
     readme = results.REPOSITORY / "README.md"
     store.write_atomic(readme, generated(readme.read_text(encoding="utf-8"), results.REPOSITORY / "results"))

@@ -53,10 +53,7 @@ def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[
 
 
 def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False) -> tuple[Dataset, dict]:
-    """Add ``input_ids`` and ``labels``, prompts shortened to fit. Returns (dataset, what was counted).
-
-    A row whose answer does not fit in ``max_length`` tokens is a ValueError, or with ``drop`` left out and counted.
-    """
+    """Add ``input_ids`` and ``labels``, prompts shortened to fit; also counts. An answer too long is a ValueError, or with ``drop`` left out."""
     rows, report = [], dict.fromkeys(("prompts_shortened", "prompt_tokens_cut", "answer_tokens_cut", "rows_dropped",
                                       "response_tokens"), 0) | {"rows": len(dataset)}
     for i, messages in enumerate(dataset["messages"]):
@@ -149,6 +146,9 @@ class Collator:
     pack: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if odd := [r for r in rows if not 0 < len(r["input_ids"]) == len(r.get("labels", ()))]:
+            raise ValueError(f"Every row needs input_ids and as many labels; one has {len(odd[0]['input_ids'])} and "
+                             f"{len(odd[0].get('labels', ()))}.")
         lengths = [max(1, len(r["input_ids"]) - 1) for r in rows]
         order = places(lengths) if self.pack else []
         width = max((sum(lengths[i] for i in place) for place in order), default=0)
@@ -156,7 +156,7 @@ class Collator:
             order, width = [[i] for i in range(len(rows))], max(lengths)
         batch, marks = {}, "position_ids" if shared else "attention_mask"
         for name, first, filler, part in (
-                ("input_ids", [], self.pad_token_id, lambda i: rows[i]["input_ids"][:lengths[i]]),
+                ("input_ids", [], self.pad_token_id or 0, lambda i: rows[i]["input_ids"][:lengths[i]]),
                 ("labels", [IGNORE], IGNORE, lambda i: [*rows[i]["labels"][1:]] or [IGNORE]),  # nothing predicts a row's first token
                 (marks, [], 0, lambda i: range(lengths[i]) if shared else [1] * lengths[i])):
             lines = (first + [t for i in place for t in part(i)] for place in order)

@@ -35,10 +35,7 @@ def macro(outcomes: list[int], groups: list[str]) -> tuple[float, dict[str, floa
 
 @torch.inference_mode()
 def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -> dict[str, torch.Tensor]:
-    """Float32 per response token, in row order: ``row``, ``nll`` (nats), ``confidence`` (largest probability), ``correct``.
-
-    With a ``teacher`` also its ``teacher_nll`` and ``teacher_entropy`` (nats) and ``agree``, whether both put one token first.
-    """
+    """By response token: ``row``, ``nll`` (nats), ``confidence``, ``correct``; with a ``teacher`` its nll, entropy, and ``agree``."""
     collate, parts = Collator(pad_token_id), []
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
     for start in range(0, len(order), BATCH):

@@ -32,7 +32,7 @@ def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> to
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:]))
     try:
-        return (wrapped or model)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False).logits
+        return (model if wrapped is None else wrapped)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False).logits
     finally:
         handle.remove()
 
@@ -52,8 +52,7 @@ def _doing(module, forward):
 def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
     """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass.
 
-    There, parameters that a wrapper (``wrapped``, if not ``model`` itself) shards or synchronises are whole. What comes after the
-    last attention is done at ``mask`` alone where that is known how: nothing else would be read.
+    There, parameters that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
     """
     results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
     where = mask.nonzero(as_tuple=True)
@@ -69,7 +68,7 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
             dense, last = feed_forward.forward, norm.forward
             stack.enter_context(_doing(feed_forward, lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
             stack.enter_context(_doing(norm, lambda x: last(x[where])[None]))
-        (wrapped or model)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False)
+        (model if wrapped is None else wrapped)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False)
     return results[0]
 
 
@@ -95,7 +94,8 @@ def _few_tokens(model):
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
+    tolerance = 1e-4 if a.dtype == torch.float32 else 2e-2
+    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
 def linear_head(model) -> dict | None:
@@ -109,7 +109,10 @@ def linear_head(model) -> dict | None:
     with _few_tokens(model) as inputs:
         mask = inputs["input_ids"] % 2 == 1
         own = response_logits(model, inputs, mask)
-        ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, head).logits)
+        try:
+            ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, head).logits).to(own.dtype)
+        except (TypeError, ValueError, RuntimeError, IndexError):  # the layout of Llama by name alone
+            return None
         with _doing(module, lambda hidden: large.expand(*hidden.shape[:-1], -1)):
             shaped = model(**inputs, use_cache=False).logits[0]
     return found if _close(own, ours) and _close(shaped, head.shape(large).expand_as(shaped)) else None
@@ -127,25 +130,27 @@ def keeps_rows_apart(model) -> bool:
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, temperature: float = 0.0,
-             batch_size: int = 256) -> list[list[int]]:
+             batch_size: int = 256, vocabulary: int | None = None) -> list[list[int]]:
     """Answers (token ids, the end token included if it came) to ``prompts``, greedy at temperature 0, else sampled.
 
-    Prompts of like length go together, padded on the left; keys and values are kept from token to token.
+    Prompts of like length go together, padded on the left; keys and values are kept. No token from ``vocabulary`` on is said.
     """
     answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    habits = model.generation_config  # a model's top_p or penalties are not its distribution
+    how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None
+    inner = getattr(model, "get_base_model", lambda: model)()  # of adapters, which write to it
+    habits = model.generation_config, inner.generation_config  # a model's top_p or penalties are not its distribution
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         width = max(len(prompts[i]) for i in chunk)
-        ids = torch.tensor([[pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in chunk], device=model.device)
+        ids = torch.tensor([[pad_token_id or 0] * (width - len(prompts[i])) + prompts[i] for i in chunk], device=model.device)
         seen = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=model.device)
         try:
             model.generation_config = GenerationConfig()
             out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
                                  eos_token_id=eos_token_id, **how)[:, width:].tolist()
         finally:
-            model.generation_config = habits
+            model.generation_config, inner.generation_config = habits
         for i, answer in zip(chunk, out):
             answers[i] = answer[:answer.index(eos_token_id) + 1] if eos_token_id in answer else answer
     return answers

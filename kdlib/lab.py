@@ -187,8 +187,3 @@ def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: i
                                      world.mixture(s, "unseen", unseen_rows, distinct=True)]) for s in ("validation", "test")}
     return Corpus(pretrain=lambda: world.base_text(pretrain_lines), train=world.mixture("train", "seen", pool_rows), **held,
                   vocabulary=vocabulary())
-
-
-def verifier(world_seed: int):
-    """``verify(row, response)`` of a world."""
-    return World(world_seed).verify

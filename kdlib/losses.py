@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kdlib.presets import KINDS
+from kdlib.presets import KINDS, check
 
 CHUNK_ELEMENTS = 2**22  # logits held at once by default
 
@@ -41,13 +41,11 @@ class Objective:
     temperature: float = 1.0
 
     def __post_init__(self):
-        for name, fine, allowed in (("alpha", 0 <= self.alpha <= 1, "0 (supervised fine-tuning) to 1 (the teacher alone)"),
-                                    ("temperature", 0.01 <= self.temperature <= 100, "a number from 0.01 to 100"),
-                                    ("kind", self.kind in KINDS, ", ".join(KINDS)),
-                                    ("beta", 0 <= self.beta <= 1, "0 (forward KL) to 1 (reverse KL)"),
-                                    ("skew", 0 <= self.skew < 1, "0 to 1, 1 excluded")):
-            if not fine:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; allowed: {allowed}.")
+        check("alpha", self.alpha, float, "0 (supervised fine-tuning) to 1 (the teacher alone)", lambda v: 0 <= v <= 1)
+        check("temperature", self.temperature, float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
+        check("kind", self.kind, str, ", ".join(KINDS), lambda v: v in KINDS)
+        check("beta", self.beta, float, "0 (forward KL) to 1 (reverse KL)", lambda v: 0 <= v <= 1)
+        check("skew", self.skew, float, "0 to 1, 1 excluded", lambda v: 0 <= v < 1)
 
     def with_teacher(self, teacher) -> "Objective":
         """Itself. Raises ValueError if it asks for a teacher and there is none."""
@@ -126,6 +124,7 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
     objective = Objective(**settings).with_teacher(teacher)
     logits = _wide(student_logits[:, :vocabulary])
     teacher = teacher.logits if isinstance(teacher, Hidden) else teacher
+    _check_rows(logits, targets, teacher)
     if isinstance(teacher, torch.Tensor):
         teacher = teacher[:, :vocabulary]
         _check_shapes(logits, teacher)
@@ -144,13 +143,15 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     head = head.narrow(vocabulary)
     if isinstance(teacher, (Hidden, torch.Tensor)):
         teacher = teacher[:, :vocabulary] if torch.is_tensor(teacher) else teacher._replace(head=teacher.head.narrow(vocabulary))
+    _check_rows(hidden, targets, teacher)
     width = teacher.head.weight.shape[0] if isinstance(teacher, Hidden) else getattr(teacher, "shape", (0, 0))[-1]
     if width and width != head.weight.shape[0]:
         raise ValueError(f"The student's head has {head.weight.shape[0]} tokens and the teacher's {width}; give the common vocabulary.")
     chunk, where = chunk_size or max(1, CHUNK_ELEMENTS // head.weight.shape[0]), hidden.device.type
     if torch.is_autocast_enabled(where):  # once here, since nothing inside the chunks may change its type
         hidden = hidden.to(low := torch.get_autocast_dtype(where))
-        teacher = teacher._replace(states=teacher.states.to(low)) if isinstance(teacher, Hidden) else teacher
+        if isinstance(teacher, Hidden):
+            teacher = Hidden(teacher.states.to(low), teacher.head._replace(weight=teacher.head.weight.to(low)))
     with torch.autocast(where, enabled=False):
         total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, chunk)
     return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
@@ -160,6 +161,12 @@ def _check_shapes(student_logits, teacher_logits) -> None:
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
                          "differ in shape; both must be (rows, vocabulary) over the same vocabulary.")
+
+
+def _check_rows(rows, targets, teacher) -> None:
+    given = [len(targets), *([] if teacher is None else [len(teacher if torch.is_tensor(teacher) else teacher[0])])]
+    if set(given) != {len(rows)}:
+        raise ValueError(f"The student has {len(rows)} rows, targets and teacher {' and '.join(map(str, given))}; each needs one a token.")
 
 
 def _row_losses(z, targets, teacher, o: Objective) -> torch.Tensor:
@@ -172,11 +179,11 @@ def _divergence(z, teacher, o: Objective) -> torch.Tensor:
     log_q = F.log_softmax(z / o.temperature if o.temperature != 1 else z, -1)
     if not isinstance(teacher, Sparse):
         return _between(log_q, F.log_softmax(_wide(teacher.detach()) / o.temperature, -1), o)
-    if len(teacher.ids) != len(z):
-        raise ValueError(f"The teacher has {len(teacher.ids)} rows and the student {len(z)}; both need one for each response token.")
     near = log_q.gather(1, teacher.ids)
-    rest = torch.log1p(-near.exp().sum(-1, keepdim=True).clamp(max=0.999))
-    few = (rest[:, 0] < -6).nonzero()[:, 0]  # little is left: summed over the other tokens, since the difference has no digits
+    rest = torch.log1p(-near.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+    # Where little is left and the teacher leaves other than that, the difference needs digits: summed over the other tokens.
+    other = teacher.log_tail - rest[:, 0] if o.divergence == "forward_kl" else (teacher.log_tail - rest[:, 0]).abs()
+    few = ((rest[:, 0] < -6) & (other > 3)).nonzero()[:, 0]
     rest = rest.index_put((few,), log_q[few].scatter(1, teacher.ids[few], -math.inf).logsumexp(-1, keepdim=True))
     log_p = torch.cat([teacher.log_probs, teacher.log_tail[:, None]], -1).to(near.dtype)
     value = _between(torch.cat([near, rest], -1), log_p, o)

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kdlib.presets import check
+
 LADDER = {name: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape)) for name, shape in {
     "nano": (64, 2, 4), "micro": (96, 3, 4), "student": (64, 2, 4), "teacher": (128, 4, 4),
     "text-student": (96, 4, 3), "text-teacher": (160, 5, 5)}.items()}
@@ -35,8 +37,7 @@ def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), voc
 
 def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> LlamaForCausalLM:
     """A freshly initialised model of the ladder; ``seed`` alone decides its weights. Raises ValueError on a name unknown."""
-    if name not in LADDER:
-        raise ValueError(f"model={name!r} is not on the ladder; allowed: {', '.join(LADDER)}.")
+    check("model", name, str, ", ".join(LADDER), LADDER.__contains__)
     feed_forward = -(-LADDER[name]["hidden_size"] * 8 // 48) * 16  # 8/3 of it as in Llama, rounded up to a multiple of 16
     config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, tie_word_embeddings=True, bos_token_id=None,
                          max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id,

@@ -33,6 +33,15 @@ METHODS = {  # alpha is the weight of the teacher in the loss; everything else i
 }
 
 
+def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
+    """``value`` if it is of ``kind`` and ``ok``; else ValueError in one sentence with name, value and what is allowed."""
+    if not isinstance(value, (float, int) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}={value!r} has type {type(value).__name__}; allowed: {allowed}.")
+    if not ok(value):
+        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
+    return value
+
+
 @dataclass(frozen=True)
 class Preset:
     """One size of the study.

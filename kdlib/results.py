@@ -111,15 +111,6 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     store.write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
-def claims_table(folders: list[Path]) -> pd.DataFrame:
-    """The claims of one or more preset folders, one row a claim, as the README shows them."""
-    return pd.DataFrame([{
-        "preset": c["preset"], "claim": c["claim"], "contrast": c["contrast"],
-        "estimate": f"{c['estimate']:+.4f}", "95% interval": f"[{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]",
-        "seeds": str(c["n_seeds"]), "world": ", ".join(map(str, c["world_seeds"])), "verdict": c["verdict"]}
-        for folder in folders for c in read_claims(folder)])
-
-
 def read_claims(folder: Path) -> list[dict]:
     """The claims in a folder's ``claims.json``, none if there is no such file. Raises ValueError if it is damaged."""
     path = folder / "claims.json"

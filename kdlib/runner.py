@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,28 +26,31 @@ class Task(NamedTuple):
 def compute(tasks: list[Task], workers: int = 0) -> None:
     """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
 
-    They run in processes here, or on the Ray cluster that RAY_ADDRESS names. ``workers=0`` takes one per core, or one in all where
-    an accelerator does the work. A task that fails stops the rest from starting; what runs finishes, and the error is raised.
+    In processes here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task
+    that fails stops the rest from starting; what runs finishes, and the error is raised.
     """
-    waiting, done, running, failure = list(tasks), set(), {}, None
-    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0, smoothing=0,
-               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
+    waiting, done, running, failure, busy = list(tasks), set(), {}, None, 0.0
+    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0,
+               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}")
     with (Ray if os.environ.get("RAY_ADDRESS") else Processes)(workers) as pool, bar:
         while (waiting and not failure) or running:
             for task in [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]:
                 waiting.remove(task)
                 try:
-                    running[pool.submit(task.function, *task.arguments)] = task
+                    running[pool.submit(task.function, *task.arguments)] = task, time.monotonic()
                 except BrokenProcessPool as error:
                     failure = failure or error
             for future in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
+                task, started = running.pop(future)
                 try:
                     future.result()
                     done.add(task.key)
                     bar.update(task.cost)
+                    busy += (time.monotonic() - started) * bool(task.cost)  # what costs nothing says nothing about speed
                 except Exception as error:
                     failure = failure or error
+            if bar.n:
+                bar.set_postfix_str(f"about {(bar.total - bar.n) / bar.n * busy / pool.workers / 60:.1f} min left", refresh=False)
             bar.set_description_str(f"{len(done)} of {len(tasks)} tasks")
     if isinstance(failure, BrokenProcessPool):
         raise RuntimeError("A worker process died (killed, or out of memory); finished runs are kept, so run again to go on."

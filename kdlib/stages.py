@@ -114,9 +114,9 @@ def read_data(root: Path, spec: dict) -> Bundle:
     rows = [{"id": str(i), **r} for i, r in enumerate(train.select_columns(["input_ids", "labels"]).to_list())]
     clean = {s: load_from_disk(folder / f"{s}-clean").select_columns(["input_ids", "labels"]).to_list()
              for s in ("validation", "test") if (folder / f"{s}-clean").is_dir()}
-    held = {s: load_from_disk(folder / s) for s in ("validation", "test")}
+    held, world = {s: load_from_disk(folder / s) for s in ("validation", "test")}, getattr(SOURCES[spec["source"]["kind"]], "World", None)
     return Bundle(train=rows, skills=list(train["skill"]), held=held, clean=clean,
-                  verify=getattr(SOURCES[spec["source"]["kind"]], "verifier", lambda _: None)(spec["world_seed"]),
+                  verify=world(spec["world_seed"]).verify if world else None,
                   report=json.loads((folder / "report.json").read_text(encoding="utf-8")),
                   tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib import results, runner, store
-from kdlib.presets import KINDS, METHODS, PRESETS, Preset
+from kdlib.presets import KINDS, METHODS, PRESETS, Preset, check
 
 SPEC_VERSION = {"lab": 3, "text": 3}  # raised whenever a change of the code changes what a configuration computes
 PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers")
@@ -34,15 +34,6 @@ class Plan:
         """Where tables, figures and claims go: the preset's folder, or one of its own for a changed design."""
         home = self.root / self.preset.name
         return home if self.standard else home / "variants" / store.digest(sorted(self.ids), 8)
-
-
-def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
-    """``value`` if it is of ``kind`` and ``ok``; else ValueError in one sentence with name, value and what is allowed."""
-    if not isinstance(value, (float, int) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name}={value!r} has type {type(value).__name__}; allowed: {allowed}.")
-    if not ok(value):
-        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
-    return value
 
 
 def check_names(namespace: dict, allowed) -> None:

@@ -27,6 +27,7 @@ from kdlib import inference, models, store
 from kdlib.data import Collator, example_key
 from kdlib.evaluate import replies
 from kdlib.losses import Head, Hidden, Objective, Sparse
+from kdlib.presets import check
 
 EXACT = ("full", "hidden")
 ALLOWED = {"form": (*EXACT, "top_k", "sampled"), "tail": ("bucket", "renormalise"), "dtype": ("float16", "float32")}
@@ -59,16 +60,13 @@ class Live:
 
 def weights_hash(model) -> str:
     """SHA-256 over a model's configuration and the names, shapes and bytes of its weights."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    passing = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")  # set by saving and loading
+    config = {k: v for k, v in model.config.to_dict().items() if k not in passing}
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         sha.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-def _tokens(row: dict) -> str:
-    return store.digest([row["input_ids"], row["labels"]])
 
 
 def _identity(tokenizer) -> dict:
@@ -82,21 +80,19 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
                 temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32) -> Path:
     """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``), in ``dtype``.
 
-    Whole shards are kept, so a killed writer goes on where it was. ValueError on a bad setting, on rows with the same id, or if
-    ``folder`` holds something else.
+    A killed writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
     """
     folder, vocabulary = Path(folder), len(tokenizer)
+    for name, value in (("form", form), ("tail", tail), ("dtype", dtype)):
+        check(name, value, str, ", ".join(ALLOWED[name]), ALLOWED[name].__contains__)
     most = vocabulary if form == "top_k" else 2**16
-    for name, value, fine, allowed in (
-            *((n, v, v in ALLOWED[n], ", ".join(ALLOWED[n])) for n, v in (("form", form), ("tail", tail), ("dtype", dtype))),
-            ("k", k, form in EXACT or 1 <= k <= most, f"1 to {most}"),
-            ("shard_rows", shard_rows, 1 <= shard_rows <= 1000, "1 to 1000, which Arrow keeps in one piece")):
-        if not fine:
-            raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
-    if len({str(r["id"]) for r in rows}) != len(rows):
-        raise ValueError("Rows need ids of their own to be found again; some share one.")
+    check("k", k, int, f"1 to {most}", lambda v: form in EXACT or 1 <= v <= most)
+    check("shard_rows", shard_rows, int, "1 to 1000, which Arrow keeps in one piece", lambda v: 1 <= v <= 1000)
+    rows = list(rows)  # a datasets.Dataset, too
+    if len({str(r.get("id")) for r in rows}) != len(rows):
+        raise ValueError("Rows need ids of their own to be found again; some share one, or have none.")
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype,
-            "rows": store.digest([[r["id"], _tokens(r)] for r in rows]), "shard_rows": shard_rows}
+            "rows": store.digest([[r["id"], r["input_ids"], r["labels"]] for r in rows]), "shard_rows": shard_rows}
     if form not in EXACT:
         spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature}
         spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
@@ -167,7 +163,7 @@ def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows
         parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in _pack(model, batch, mask, spec, generator).items()}
         for place, i in enumerate(chunk):
             out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
-    keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [_tokens(r) for r in rows]}
+    keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [store.digest([r["input_ids"], r["labels"]]) for r in rows]}
     Dataset.from_dict({**keys, **{n: [o[n] for o in out] for n in out[0]}}).save_to_disk(work, num_shards=1)
 
 
@@ -233,15 +229,17 @@ class Cached:
         if spec.get("tail") == "renormalise" and objective.divergence == "reverse_kl":
             raise ValueError(f"kind={objective.kind!r} is infinite where a renormalised cache has no mass; allowed: tail='bucket'.")
         for row in dataset:
-            found = self.place.get(example_key(row["id"]))
-            if found is None or found[2] != _tokens(row):
-                raise ValueError(f"T{where[1:]} {'has no' if found is None else 'holds other tokens for'} example {row['id']!r}; "
+            found = self.place.get(example_key(row.get("id")))
+            if found is None or found[2] != store.digest([row["input_ids"], row["labels"]]):
+                raise ValueError(f"T{where[1:]} {'has no' if found is None else 'holds other tokens for'} example {row.get('id')!r}; "
                                  "write it anew for these data.")
         self.head = self.head and {n: v.to(device) for n, v in self.head.items()}
         return spec["vocabulary"]
 
     def targets(self, inputs: dict, mask: torch.Tensor) -> Sparse | Hidden | torch.Tensor:
         """The rows of a batch that names its examples (``example``, as the collator does)."""
+        if "example" not in inputs:
+            raise ValueError("A cached teacher needs batches that name their examples; allowed: kdlib.data.Collator.")
         places, device = [self.place[key] for key in inputs["example"].tolist()], mask.device
 
         def column(name):

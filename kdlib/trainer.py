@@ -6,7 +6,8 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
+import torch.nn.functional as F
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from kdlib import inference
 from kdlib.data import IGNORE, Collator, stretches
@@ -27,23 +28,27 @@ class DistillationTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, teacher=None, objective: Objective = Objective(alpha=0.0), lmbda: float = 0.0,
-                 max_new_tokens: int = 128, chunk_size: int | None = None, **kwargs):
-        objective.with_teacher(teacher)
+    def __init__(self, *args, teacher=None, objective: Objective | None = None, lmbda: float = 0.0, max_new_tokens: int = 128,
+                 chunk_size: int | None = None, **kwargs):
+        objective = (objective or Objective(alpha=float(teacher is not None))).with_teacher(teacher)
         if not 0 <= lmbda <= 1 or (lmbda and (objective.alpha < 1 or not isinstance(teacher, Live))):
             raise ValueError(f"lmbda={lmbda!r} is not allowed; allowed: 0 to 1, and above 0 only with alpha=1 and a live teacher, "
                              "because nobody else can judge the student's own answers.")
         super().__init__(*args, **kwargs)
-        if kwargs.get("data_collator") is None and self.processing_class is not None:
+        if self.args.label_smoothing_factor or self.compute_loss_func or self.args.n_gpu > 1:
+            raise ValueError(f"label_smoothing_factor={self.args.label_smoothing_factor}, compute_loss_func={self.compute_loss_func} and "
+                             f"n_gpu={self.args.n_gpu} do not go with this loss; allowed: 0, None, and one device a process (torchrun).")
+        if type(self.data_collator) is DataCollatorWithPadding:  # the Trainer's default, which pads no labels
             self.data_collator = Collator(self.processing_class.pad_token_id, pack=True)
-        if getattr(self.data_collator, "pack", False) and (lmbda or not inference.keeps_rows_apart(self.model)):
+        alone = lmbda or self.compute_metrics  # which take batches apart row by row
+        if getattr(self.data_collator, "pack", False) and (alone or not inference.keeps_rows_apart(self.model)):
             self.data_collator = replace(self.data_collator, pack=False)
         self.model_accepts_loss_kwargs = True  # whatever the model, the step's response tokens are counted
         self.lmbda, self.max_new_tokens = lmbda, max_new_tokens
         self.objective, self.chunk_size, self.teacher = objective, chunk_size, teacher if objective.alpha > 0 else None
         self.linear, self.vocabulary = inference.linear_head(self.model), None
         if self.teacher is not None:
-            self.args.remove_unused_columns = False  # the ids of the examples among them
+            self.args.remove_unused_columns &= isinstance(teacher, Live)  # others need the ids of the examples
             held = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
             rows = chain.from_iterable(d or () for d in (self.train_dataset, *held))
             self.vocabulary = self.teacher.prepare(self.model, self.processing_class, rows, objective, self.args.device)
@@ -63,11 +68,11 @@ class DistillationTrainer(Trainer):
             raise ValueError("On-policy distillation needs one conversation a row; allowed: a collator that does not pack.")
         model, tokenizer, prompts = self.accelerator.unwrap_model(self.model), self.processing_class, []
         for ids, labels, seen in zip(*(batch[k].tolist() for k in ("input_ids", "labels", "attention_mask"))):
-            start = next((start for start, _ in reversed(stretches(labels)) if labels[start] != IGNORE), 0)
+            start = next((start for start, _ in reversed(stretches(labels)) if labels[start] != IGNORE), len(ids))
             prompts.append([t for t, real in zip(ids[:start], seen) if real])
         model.eval()
         answers = inference.generate(model, prompts, max_new_tokens=self.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                                     eos_token_id=tokenizer.eos_token_id, temperature=1.0)
+                                     eos_token_id=tokenizer.eos_token_id, temperature=1.0, vocabulary=self.vocabulary)
         model.train()
         rows = [{"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in zip(prompts, answers)]
         return {k: v.to(batch["input_ids"].device) for k, v in Collator(tokenizer.pad_token_id)(rows).items()}
@@ -81,7 +86,8 @@ class DistillationTrainer(Trainer):
         bare = model if model is self.model else self.accelerator.unwrap_model(model)
         if return_outputs:  # whole, which metrics expect
             logits = model(**{k: inputs[k] for k in inference.INPUTS if k in inputs}, use_cache=False).logits
-            return distillation_loss(logits[mask], targets, teacher, **how), {"logits": logits}
+            wider = inputs["labels"].shape[1] - logits.shape[1]
+            return distillation_loss(logits[mask], targets, teacher, **how), {"logits": F.pad(logits, (0, 0, 0, wider))}
         if self.linear is None:
             loss = distillation_loss(inference.response_logits(bare, inputs, mask, model), targets, teacher, **how)
         else:
@@ -100,7 +106,7 @@ class DistillationTrainer(Trainer):
 
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
-          teacher=None, objective: Objective = Objective(alpha=0.0), warmup: float = 0.05, **arguments) -> dict:
+          teacher=None, objective: Objective | None = None, warmup: float = 0.05, **arguments) -> dict:
     """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log.
 
     ``rows`` holds ``steps * batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up

@@ -154,3 +154,10 @@ def test_rows_share_places_where_that_saves_tokens():
         assert sorted(i for place in found for i in place) == list(range(len(lengths)))
         assert width <= 2 * max(lengths) and len(found) * width <= len(lengths) * max(lengths)
     assert len(found) * width < 0.75 * len(lengths) * max(lengths)
+
+
+@pytest.mark.parametrize("row", [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2]}, {"input_ids": [], "labels": []}, {"input_ids": [1, 2]}])
+def test_rows_without_a_label_for_each_token_are_refused(row):
+    """Packed, they would shift the labels of all rows behind them."""
+    with pytest.raises(ValueError, match=r"Every row needs input_ids and as many labels; one has \d and \d"):
+        data.Collator(0, pack=True)([{"input_ids": [1, 2], "labels": [IGNORE, 2]}, row])

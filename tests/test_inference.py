@@ -97,3 +97,16 @@ def test_layers_that_are_computed_twice_are_left_as_they_are():
         slopes.append([p.grad for p in m.model.parameters()])
     for a, b in zip(*slopes):
         torch.testing.assert_close(a, b)
+
+
+def test_an_architecture_that_has_the_names_alone_uses_its_own_forward_pass():
+    config = transformers.GptOssConfig(**SIZE, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2)
+    model, (inputs, mask) = transformers.AutoModelForCausalLM.from_config(config).eval(), batch_of()
+    assert inference.linear_head(model) is None and not any("forward" in vars(m) for m in model.modules())
+    torch.testing.assert_close(inference.response_logits(model, inputs, mask), model(**inputs).logits[mask])
+
+
+def test_a_fresh_model_whose_rows_read_each_other_a_little_does_not_keep_them_apart():
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4)
+    assert not inference.keeps_rows_apart(transformers.AutoModelForCausalLM.from_config(config))

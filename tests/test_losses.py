@@ -306,3 +306,24 @@ def test_an_objective_is_checked_when_it_is_made():
     assert Objective().kind == "forward_kl" and losses.KINDS[0] == "forward_kl"
     with pytest.raises(ValueError, match="kind='soft'"):
         Objective(kind="soft")
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_another_number_of_teacher_rows_is_refused(rows):
+    """In chunks, a teacher with too many rows would be cut and one with a single row spread."""
+    student, make, teacher, y = models()
+    n = len(y)
+    head = Head(teacher.head.weight.detach())
+    states = teacher.states.detach()
+    for given in (Hidden(states[:rows], head), Hidden(states[:1], head), Hidden(states, head).logits[:rows], sparse_of(Hidden(states, head).logits[:rows], 3)):
+        with pytest.raises(ValueError, match=f"The student has {n} rows, targets and teacher {n} and [135]; each needs one a token"):
+            linear_distillation_loss(student[0], make(), y, given, alpha=1.0, num_items=1, chunk_size=2)
+    with pytest.raises(ValueError, match=f"targets and teacher {n - 1} and {n}"):
+        distillation_loss(Hidden(states, head).logits, y[1:], Hidden(states, head).logits, num_items=1)
+
+
+@pytest.mark.parametrize("settings", [{"alpha": "0.5"}, {"beta": None}, {"temperature": True}])
+def test_a_setting_that_is_no_number_is_named(settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"{name}={value!r} has type"):
+        Objective(**settings)

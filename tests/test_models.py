@@ -32,7 +32,7 @@ def test_the_seed_alone_decides_the_weights(tokenizer):
 
 
 def test_an_unknown_name_is_refused_with_the_ladder(tokenizer):
-    with pytest.raises(ValueError, match="model='giant' is not on the ladder; allowed: nano, micro, student"):
+    with pytest.raises(ValueError, match="model='giant' is not allowed; allowed: nano, micro, student"):
         models.build_model("giant", tokenizer, 0)
 
 

@@ -135,12 +135,11 @@ def test_the_readmes_claims_are_those_of_the_results():
 
 def test_the_lab_is_as_the_readme_puts_it():
     table = pd.read_csv(RESULTS / "lab" / "tables" / "data_budget.csv").sort_values("budget")
-    assert (table[table.budget < 800].ci_low > 0).all() and (table[table.budget >= 1600].ci_high < 0).all()
+    assert (table.gap > 0).all() and {c["claim"]: c["verdict"] for c in results.read_claims(RESULTS / "lab")}["C1b"] == "inconclusive"
     by_skill = pd.read_csv(RESULTS / "lab" / "tables" / "by_skill.csv").set_index("skill")
-    assert (by_skill.kd - by_skill.sft).idxmin() == "translate" and by_skill.teacher.idxmin() == "translate"
-    assert by_skill.teacher["translate"] < 0.1 < 0.5 < by_skill.sft["translate"]
-    others = by_skill.drop("translate")
-    assert (others.kd - others.sft).mean() > 0
+    lead = by_skill.kd - by_skill.sft
+    assert lead.idxmax() == "name" and lead["name"] > lead.sum() / 2
+    assert by_skill.sft["name"] < 0.5 < by_skill.kd["name"] < by_skill.teacher["name"]
 
 
 def test_the_readmes_files_and_make_targets_exist():

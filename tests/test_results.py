@@ -110,7 +110,7 @@ def test_claims_replace_only_their_own(tmp_path):
 @pytest.mark.parametrize("content", ["[{", '{"claim": "C1a"}', '["C1a"]', '[{"claim": "C1a", "world_seeds": [0]}]'])
 def test_damaged_claims_are_named_and_kept(tmp_path, content):
     (tmp_path / "claims.json").write_text(content)
-    for call in (lambda: results.write_claims([claim("C1a")], tmp_path), lambda: results.claims_table([tmp_path])):
+    for call in (lambda: results.write_claims([claim("C1a")], tmp_path), lambda: results.read_claims(tmp_path)):
         with pytest.raises(ValueError, match=f"{tmp_path / 'claims.json'} is not a whole list of claims"):
             call()
     assert (tmp_path / "claims.json").read_text() == content

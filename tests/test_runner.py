@@ -41,7 +41,7 @@ def test_tasks_wait_for_what_they_need_and_share_the_work(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(t.key for t in tasks)
     assert len({p.read_text() for p in tmp_path.iterdir()}) == 2, "two processes"
     said = capsys.readouterr()
-    assert "12 of 12 tasks, 100%" in said.out and "left" in said.out and not said.err
+    assert "12 of 12 tasks, 100%" in said.out and "min left" in said.out and not said.err
 
 
 def test_the_bar_weighs_tasks_by_their_cost(tmp_path, capsys):

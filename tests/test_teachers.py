@@ -4,6 +4,8 @@ import math
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from kdlib import data, evaluate, inference, lab, models, teachers
 from kdlib.losses import Hidden, Objective, distillation_loss
@@ -235,7 +237,7 @@ def test_an_edited_manifest_is_refused(teacher, tokenizer, examples, tmp_path):
 def test_rows_without_a_target_each_are_refused(student, teacher, tokenizer, examples, tmp_path):
     found, logits, targets, _ = rows_of(cache(tmp_path / "c", teacher, tokenizer, examples), student, tokenizer, examples)
     short = found._replace(ids=found.ids[:-1], log_probs=found.log_probs[:-1], log_tail=found.log_tail[:-1])
-    with pytest.raises(ValueError, match="both need one for each response token"):
+    with pytest.raises(ValueError, match="each needs one a token"):
         distillation_loss(logits, targets, short, num_items=1)
 
 
@@ -243,3 +245,22 @@ def test_ids_that_read_the_same_are_refused(teacher, tokenizer, examples, tmp_pa
     twins = [{**examples[0], "id": 1}, {**examples[1], "id": "1"}]
     with pytest.raises(ValueError, match="Rows need ids of their own"):
         write_cache(tmp_path / "twins", teacher, tokenizer, twins)
+
+
+def test_a_saved_and_loaded_teacher_is_the_same_one(student, teacher, tokenizer, examples, tmp_path):
+    folder = write_cache(tmp_path / "cache", teacher, tokenizer, Dataset.from_list(examples), k=4)
+    teacher.save_pretrained(tmp_path / "teacher")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    assert Cached(folder, loaded).prepare(student, tokenizer, examples, KD, "cpu") == len(tokenizer)
+
+
+def test_rows_and_batches_without_names_are_refused(student, teacher, tokenizer, examples, tmp_path):
+    nameless = [{k: r[k] for k in ("input_ids", "labels")} for r in examples]
+    with pytest.raises(ValueError, match="some share one, or have none"):
+        write_cache(tmp_path / "none", teacher, tokenizer, nameless)
+    made = cache(tmp_path / "c", teacher, tokenizer, examples, k=4)
+    with pytest.raises(ValueError, match="has no example None"):
+        made.prepare(student, tokenizer, nameless, KD, "cpu")
+    batch = data.Collator(0)(nameless[:4])
+    with pytest.raises(ValueError, match="needs batches that name their examples; allowed: kdlib.data.Collator"):
+        made.targets(batch, inference.response_rows(batch)[0])

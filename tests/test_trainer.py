@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from kdlib import data, models, trainer
+from kdlib import data, inference, models, trainer
 from kdlib.inference import response_logits, response_rows
 from kdlib.losses import Objective
 from kdlib.teachers import Cached, Live, write_cache
@@ -180,8 +180,8 @@ def test_an_evaluation_holds_no_logits_unless_metrics_want_them_whole(student, t
     found = learner.evaluate(batches)
     logits, labels = torch.from_numpy(seen[0].predictions), torch.from_numpy(seen[0].label_ids)
     assert found["eval_rows"] == 16 and found["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(logits, full_logits(learner.model, batch_of(rows, 16)), rtol=1e-4, atol=1e-5)
-    assert labels.shape[1] == logits.shape[1] + 1
+    torch.testing.assert_close(logits[:, :-1], full_logits(learner.model, batch_of(rows, 16)), rtol=1e-4, atol=1e-5)
+    assert labels.shape == logits.shape[:2], "so that logits[:, :-1] predict labels[:, 1:], as everywhere"
     monkeypatch.setattr(learner.model.lm_head, "forward", lambda _: 1 / 0)  # never called where the loss alone is wanted
     learner.compute_metrics = None
     assert learner.evaluate(batches)["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -384,3 +384,38 @@ def test_tokenizers_that_differ_are_refused(student, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="The teacher is the student itself"):
         trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[]), objective=Objective(),
                                     processing_class=tokenizer, teacher=Live(student, tokenizer))
+
+
+def test_a_teacher_given_alone_teaches(student, teacher, rows, tmp_path, tokenizer):
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    how = {"model": student, "args": args, "processing_class": tokenizer}
+    assert trainer.DistillationTrainer(**how, teacher=Live(teacher, tokenizer)).objective == Objective(1.0)
+    assert trainer.DistillationTrainer(**how).objective.alpha == 0
+
+
+def test_the_usual_arguments_mean_what_they_mean_to_the_trainer(student, teacher, rows, tmp_path, tokenizer):
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True)
+    mine = DataCollatorForSeq2Seq(tokenizer)
+    learner = trainer.DistillationTrainer(student, args, mine, rows, processing_class=tokenizer, teacher=Live(teacher, tokenizer))
+    assert learner.data_collator is mine
+    learner.train()  # the rows have columns of text, which the Trainer leaves out
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1, .* do not go with this loss"):
+        trainer.DistillationTrainer(model=student, args=args, processing_class=tokenizer)
+
+
+def test_a_student_padded_beyond_the_tokenizer_never_says_what_no_teacher_knows(student, teacher, rows, tmp_path, tokenizer):
+    student.resize_token_embeddings(len(tokenizer) + 35)
+    with torch.no_grad():
+        student.lm_head.weight[len(tokenizer):] += 1.0  # which it would like to say
+    learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), lmbda=1.0, max_new_tokens=8, max_steps=2)
+    assert learner.own_answers(batch_of(rows))["input_ids"].max() < len(tokenizer)
+    learner.train()
+
+
+def test_samples_leave_the_habits_of_an_adapted_model_alone(student, tokenizer):
+    peft = pytest.importorskip("peft")
+    student.generation_config.top_k = 7
+    adapted = peft.get_peft_model(student, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    inference.generate(adapted, [[7, 8]], max_new_tokens=2, pad_token_id=0, eos_token_id=1, temperature=1.0)
+    assert adapted.merge_and_unload().generation_config.top_k == 7

@@ -1,4 +1,4 @@
-"""Benchmarks of the engine: ``python tests/bench/run.py [ROUNDS]`` writes records under ``results/bench``, by device.
+"""Benchmarks of the engine: ``python tests/bench/run.py [ROUNDS [NAME …]]`` writes records under ``results/bench``, by device.
 
 What is compared runs in processes of its own, in rounds that alternate, so that a busy machine hurts all alike; ratios are taken
 within a round. Needs ``trl`` for the comparison with its GKD trainer and goes on without.
@@ -7,6 +7,7 @@ within a round. Needs ``trl`` for the comparison with its GKD trainer and goes o
 import importlib.util
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from kdlib import results, store
 HERE = Path(__file__).parent
 CUDA = torch.cuda.is_available()
 DEVICE = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} cpu"
-ENGINES = [e for e in ("trl", "live", "hidden", "top64", "sft") if e != "trl" or importlib.util.find_spec("trl")]
+MODELS = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+ENGINES = [*(("trl", "trl tokenized") if importlib.util.find_spec("trl") else ()), "live", "hidden", "top64", "sft"]
 CHUNKS = ("chunked 16", "chunked 64", "chunked 256")
 LOSSES = [(8192, 128256, 1.0), (8192, 128256, 0.25), (4096, 128256, 0.25), (8192, 32000, 0.25)] if CUDA else [
     (1024, 32000, 1.0), (1024, 32000, 0.25), (2048, 32000, 0.25), (2048, 8000, 0.25)]
@@ -78,11 +80,11 @@ def steps(rounds: int) -> dict:
         rate, found = matmul_rate(), alternating("step.py", ENGINES, rounds, size)
         for engine, runs in found.items():
             flop = process("step.py", engine, size, "count")["flop"]
-            row = {k: spread(r[k] for r in runs) for k in ("step_s", "memory_mib")}
+            row = {k: spread(r[k] for r in runs) for k in ("step_s", "memory_mib", "loss")}
             row |= {"flop_per_step": flop, "share_of_matmul_rate": spread(flop / r["step_s"] / rate for r in runs)}
             if "trl" in found and engine != "trl":
                 row |= {"faster_than_trl": ratio(found["trl"], runs, "step_s"), "memory_of_trl": ratio(runs, found["trl"], "memory_mib")}
-            if engine not in ("sft", "trl"):
+            if engine in ("live", "hidden", "top64"):
                 row["step_of_sft"] = ratio(runs, found["sft"], "step_s")
             out[f"{size}, {engine}"] = row
         out[f"{size}, matmul flop per s"] = rate
@@ -123,11 +125,13 @@ def caches(rounds: int) -> dict:
             for form, runs in found.items()}
 
 
-def main(rounds: int = 5) -> None:
-    """Run everything; each benchmark writes its record as it ends."""
+def main(rounds: int = 5, *chosen: str) -> None:
+    """Run everything, or what is ``chosen`` by name; each benchmark writes its record as it ends."""
     packages = {p: version(p).split("+")[0] for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
     for name, bench in (("steps", steps), ("batching", batching), ("loss", losses), ("cache", caches)):
-        record = {"benchmark": name, "about": bench.__doc__, "device": DEVICE, "threads": 2, "packages": packages,
+        if chosen and name not in chosen:
+            continue
+        record = {"benchmark": name, "about": bench.__doc__, "device": DEVICE, "processor": (MODELS or [platform.processor()])[0], "threads": 2, "packages": packages,
                   "environment": results.environment(), "found": bench(rounds)}
         path = results.REPOSITORY / "results" / "bench" / f"{DEVICE.replace(' ', '-').lower()}-{name}.json"
         store.write_atomic(path, json.dumps(record, indent=1) + "\n")
@@ -135,4 +139,4 @@ def main(rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

@@ -1,7 +1,9 @@
 """One process, one engine: ``python tests/bench/step.py ENGINE SIZE [count]`` prints a JSON line with time and memory of a step.
 
-ENGINE is trl (its GKD trainer, off-policy), live, hidden (an exact cache), top64 (a cache of 64 tokens) or sft. Every engine
-gets the same models, conversations and batches, in float32 on two threads, or in bfloat16 where there is a GPU. Caches are
+ENGINE is trl (its GKD trainer, off-policy, from conversations, to which its collator applies the chat template at every step),
+"trl tokenized" (the same from rows that were tokenized before, as all others are), live, hidden (an exact cache), top64 (a cache
+of 64 tokens) or sft. Every engine gets the same models, conversations and batches, in float32 on two threads, or in bfloat16
+where there is a GPU. Models are as sure of their words as trained ones, which decides how a truncated teacher is used. Caches are
 written by another process, so that their readers' memory is their own. ENGINE may go on with how batches are formed: "live
 padded" (rows padded to the longest), "live grouped" (neighbours in length, padded) or "live grouped packed". With ``count`` the
 floating-point operations of a step are counted instead, in three steps with plain attention, whose operations can be counted.
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-CACHES = {"hidden": {"form": "hidden"}, "top64": {"form": "top_k", "k": 64}}
+CACHES = {"hidden": {"form": "hidden", "dtype": "float32"}, "top64": {"form": "top_k", "k": 64}}
 SIZES = {  # the tokenizer adds six special tokens to the vocabulary
     "lab": {"vocabulary": 506, "student": (3, 96), "teacher": (4, 160), "rows": 32, "prompt": (6, 16), "answer": (4, 10), "steps": 60},
     "mid": {"vocabulary": 31994, "student": (4, 256), "teacher": (6, 512), "rows": 8, "prompt": (64, 192), "answer": (32, 96), "steps": 9},
@@ -39,7 +41,10 @@ def model(shape, tokenizer, seed):
                          num_hidden_layers=layers, num_attention_heads=max(4, width // 64), max_position_embeddings=2048,
                          pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return LlamaForCausalLM(config).to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        made = LlamaForCausalLM(config).to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    with torch.no_grad():
+        made.model.norm.weight.mul_(12)
+    return made
 
 
 def conversations(size, steps):
@@ -121,8 +126,10 @@ def main(engine: str, name: str, count: str = "") -> dict:
             from datasets import Dataset
 
             args = gkd.GKDConfig(**common, lmbda=0.0, beta=0.0, temperature=1.0, max_length=1024, gradient_checkpointing=False)
+            ready = [{"prompt": "", "input_ids": r["input_ids"], "completion_mask": [int(t != data.IGNORE) for t in r["labels"]]}
+                     for r in rows]
             made = gkd.GKDTrainer(model=student, teacher_model=teacher, args=args, processing_class=tokenizer,
-                                  train_dataset=Dataset.from_dict({"messages": messages}))
+                                  train_dataset=Dataset.from_list(ready) if forming else Dataset.from_dict({"messages": messages}))
         else:
             source = None
             if engine in CACHES:
