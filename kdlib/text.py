@@ -93,7 +93,8 @@ def origin(**source) -> dict[str, str] | None:
 def _plain(source: dict) -> list[str]:
     rows = load_rows(source)
     if odd := next((i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), 0):
-        raise ValueError(f"{source}, row {odd} has no 'text'; its columns are {sorted(rows[odd - 1])}.")
+        name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
+        raise ValueError(f"{name}, row {odd} has no 'text'; its columns are {sorted(rows[odd - 1])}.")
     return [row["text"] for row in rows if row["text"].strip()]
 
 
@@ -104,7 +105,7 @@ def _conversations(source: dict) -> tuple[dict[str, dict], int]:
         try:
             messages = to_messages(row)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(f"{source['local' if os.environ.get('KDLIB_DATA') else 'hub']}: {error}") from error
         found = source.get("category_in_id") and re.match(source["category_in_id"], str(row.get("id")))
         kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
         prompt = "\n".join(m["content"].strip() for m in messages if m["role"] != "assistant")
