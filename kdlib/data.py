@@ -137,13 +137,10 @@ def places(lengths: list[int]) -> list[list[int]]:
 
 @dataclass
 class Collator:
-    """Batches of ``input_ids`` (B, L) and ``labels`` (B, L + 1), padded on the right; a row's last token is a label only.
-
-    ``example`` are the rows' ids, in order of place. With ``pack`` rows share sequences where that saves a tenth of all tokens.
-    """
+    """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids."""
 
     pad_token_id: int
-    pack: bool = False
+    pack: bool = False  # rows share sequences where that saves a tenth of all tokens
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if odd := [r for r in rows if not 0 < len(r["input_ids"]) == len(r.get("labels", ()))]:

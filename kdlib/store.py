@@ -58,6 +58,8 @@ def open_folder(path: str | Path) -> Path:
     except (OSError, RuntimeError) as error:  # the second where a ~user has no home
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"results_dir={str(path)!r} cannot be written ({why}); give a folder that can.") from error
+    if (found := marker.read_text(encoding="utf-8").strip()) != json.dumps(FORMAT):
+        raise ValueError(f"results_dir={str(path)!r} has a {MARKER} of another version ({found!r}); allowed: {FORMAT!r}.")
     return path
 
 

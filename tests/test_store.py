@@ -117,3 +117,10 @@ def test_the_content_hash_follows_the_content(tmp_path):
     same = store.artefact(tmp_path, "x", {"a": 2}, lambda f: (f / "v").write_text("1"))
     other = store.artefact(tmp_path, "x", {"a": 3}, lambda f: (f / "v").write_text("2"))
     assert store.content_hash(one) == store.content_hash(same) != store.content_hash(other)
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": "kdlib results", "version": 99}'])
+def test_a_marker_of_another_version_is_refused(tmp_path, content):
+    (tmp_path / store.MARKER).write_text(content)
+    with pytest.raises(ValueError, match="of another version"):
+        store.open_folder(tmp_path)

@@ -337,7 +337,7 @@ def test_two_processes_train_as_one(tmp_path, mode):
     """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
     one, two = by_torchrun(mode, tmp_path)
     moved = distance(one, load_file(tmp_path / "1.start"))
-    assert moved > 1e-3 and distance(one, two) < 1e-5 * moved
+    assert moved > 1e-3 and distance(one, two) < (1e-6 if mode == "trained" else 1e-5 * moved)
 
 
 def test_a_student_in_shards_has_the_gradient_of_a_whole_one(tmp_path):
