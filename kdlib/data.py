@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -137,27 +138,36 @@ def places(lengths: list[int]) -> list[list[int]]:
 
 @dataclass
 class Collator:
-    """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids."""
+    """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids.
+
+    With ``pack`` rows share sequences, in which ``position_ids`` start anew: short rows a few where that saves a tenth of all tokens,
+    long ones (64 tokens and more) a single one without padding, whose ``rows`` are their lengths.
+    """
 
     pad_token_id: int
-    pack: bool = False  # rows share sequences where that saves a tenth of all tokens
+    pack: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if odd := [r for r in rows if not 0 < len(r["input_ids"]) == len(r.get("labels", ()))]:
             raise ValueError(f"Every row needs input_ids and as many labels; one has {len(odd[0]['input_ids'])} and "
                              f"{len(odd[0].get('labels', ()))}.")
         lengths = [max(1, len(r["input_ids"]) - 1) for r in rows]
-        order = places(lengths) if self.pack else []
+        order = [] if not self.pack else [[*range(len(rows))]] if max(lengths) >= 64 else places(lengths)
         width = max((sum(lengths[i] for i in place) for place in order), default=0)
-        if not (shared := 0 < len(order) * width <= 0.9 * len(rows) * max(lengths)):
+        if not (shared := len(order) == 1 or 0 < len(order) * width <= 0.9 * len(rows) * max(lengths)):
             order, width = [[i] for i in range(len(rows))], max(lengths)
-        batch, marks = {}, "position_ids" if shared else "attention_mask"
-        for name, first, filler, part in (
-                ("input_ids", [], self.pad_token_id or 0, lambda i: rows[i]["input_ids"][:lengths[i]]),
-                ("labels", [IGNORE], IGNORE, lambda i: [*rows[i]["labels"][1:]] or [IGNORE]),  # nothing predicts a row's first token
-                (marks, [], 0, lambda i: range(lengths[i]) if shared else [1] * lengths[i])):
-            lines = (first + [t for i in place for t in part(i)] for place in order)
-            batch[name] = torch.tensor([line + [filler] * (width + len(first) - len(line)) for line in lines])
+        marks = "position_ids" if shared else "attention_mask"
+        batch = {"rows": torch.tensor([lengths[i] for i in order[0]])} if shared and len(order) == 1 else {}
+        for name, shift, filler, part in (  # nothing predicts a row's first token
+                ("input_ids", 0, self.pad_token_id or 0, lambda i: rows[i]["input_ids"][:lengths[i]]),
+                ("labels", 1, IGNORE, lambda i: [*rows[i]["labels"][1:]] or IGNORE),
+                (marks, 0, 0, lambda i: range(lengths[i]) if shared else 1)):
+            filled = np.full((len(order), width + shift), filler)
+            for line, place in zip(filled, order):
+                start = shift
+                for i in place:
+                    line[start:(start := start + lengths[i])] = part(i)
+            batch[name] = torch.from_numpy(filled)
         if "id" in rows[0]:
             batch["example"] = torch.tensor([example_key(rows[i]["id"]) for place in order for i in place])
         return batch

@@ -4,12 +4,35 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AttentionInterface, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+ROWS = "sdpa_rows"  # an attention's name: torch's, which reads the rows of one sequence apart if told their lengths
+
+
+def _rows_attention(module, query, key, value, attention_mask, **kwargs):
+    """SDPA; where integers (1, 1, 1, rows) stand for the mask, causal within each of so many tokens of query, key and value."""
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    lengths, window, parts = attention_mask.flatten().tolist(), kwargs.get("sliding_window"), []
+    for length, *row in zip(lengths, *(x.split(lengths, 2) for x in (query, key, value))):
+        narrow = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window) if window and window < length else None
+        parts.append(sdpa_attention_forward(module, *row, narrow, **kwargs)[0])
+    return torch.cat(parts, 1), None
+
+
+AttentionInterface.register(ROWS, _rows_attention)
+AttentionMaskInterface.register(ROWS, sdpa_mask)
+
+
+def taken(batch: dict) -> dict:
+    """What a model takes of a batch."""
+    found = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    return found | ({"attention_mask": batch["rows"].cpu().int()[None, None, None]} if "rows" in batch else {}) | {"use_cache": False}
 
 
 def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +55,7 @@ def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> to
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:]))
     try:
-        return (model if wrapped is None else wrapped)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False).logits
+        return (model if wrapped is None else wrapped)(**taken(inputs)).logits
     finally:
         handle.remove()
 
@@ -68,7 +91,7 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
             dense, last = feed_forward.forward, norm.forward
             stack.enter_context(_doing(feed_forward, lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
             stack.enter_context(_doing(norm, lambda x: last(x[where])[None]))
-        (model if wrapped is None else wrapped)(**{k: inputs[k] for k in INPUTS if k in inputs}, use_cache=False)
+        (model if wrapped is None else wrapped)(**taken(inputs))
     return results[0]
 
 
@@ -119,13 +142,16 @@ def linear_head(model) -> dict | None:
 
 
 def keeps_rows_apart(model) -> bool:
-    """Whether ``position_ids`` that start anew keep rows that share a sequence from reading each other, as packing needs."""
+    """Whether rows that share a sequence do not read each other, as packing needs; an attention by SDPA is taught to, for good."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ROWS)
     with _few_tokens(model) as inputs:
         row = inputs["input_ids"]
         alone = model(input_ids=row, use_cache=False).logits[:, 1:]
         pair, marks = torch.cat([row.flip(1), row], 1).repeat(2, 1), torch.arange(4, device=row.device).repeat(2, 2)
-        behind = model(input_ids=pair, position_ids=marks, use_cache=False).logits[:, 5:]
-    return _close(alone.expand_as(behind), behind)
+        batches = {"input_ids": pair, "position_ids": marks}, {"input_ids": pair[:1], "position_ids": marks[:1], "rows": torch.tensor([4, 4])}
+        return model.config._attn_implementation == ROWS and all(
+            _close(alone.expand_as(found), found) for found in (model(**taken(b)).logits[:, 5:] for b in batches))
 
 
 @torch.no_grad()

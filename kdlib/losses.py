@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from kdlib.presets import KINDS, check
 
-CHUNK_ELEMENTS = 2**22  # logits held at once by default
+CHUNK_ELEMENTS = {"cpu": 2**22}  # logits held at once by default; elsewhere 2**27, since wide products are what keeps a GPU busy
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,8 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, never holding more than ``chunk_size`` rows of logits.
 
     Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the
-    weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has about four million logits.
+    weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has four million
+    logits on a processor.
     """
     objective = Objective(**settings).with_teacher(teacher)
     head = head.narrow(vocabulary)
@@ -147,14 +148,15 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     width = teacher.head.weight.shape[0] if isinstance(teacher, Hidden) else getattr(teacher, "shape", (0, 0))[-1]
     if width and width != head.weight.shape[0]:
         raise ValueError(f"The student's head has {head.weight.shape[0]} tokens and the teacher's {width}; give the common vocabulary.")
-    chunk, where = chunk_size or max(1, CHUNK_ELEMENTS // head.weight.shape[0]), hidden.device.type
+    where = hidden.device.type
+    chunk = chunk_size or max(1, CHUNK_ELEMENTS.get(where, 2**27) // head.weight.shape[0])
     if torch.is_autocast_enabled(where):  # once here, since nothing inside the chunks may change its type
         hidden = hidden.to(low := torch.get_autocast_dtype(where))
         if isinstance(teacher, Hidden):
             teacher = Hidden(teacher.states.to(low), teacher.head._replace(weight=teacher.head.weight.to(low)))
     with torch.autocast(where, enabled=False):
-        total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, chunk)
-    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+        share = 1 / max(float(num_items), 1)
+        return _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, chunk, share)
 
 
 def _check_shapes(student_logits, teacher_logits) -> None:
@@ -179,14 +181,14 @@ def _divergence(z, teacher, o: Objective) -> torch.Tensor:
     log_q = F.log_softmax(z / o.temperature if o.temperature != 1 else z, -1)
     if not isinstance(teacher, Sparse):
         return _between(log_q, F.log_softmax(_wide(teacher.detach()) / o.temperature, -1), o)
-    near = log_q.gather(1, teacher.ids)
-    rest = torch.log1p(-near.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-    # Where little is left and the teacher leaves other than that, the difference needs digits: summed over the other tokens.
-    other = teacher.log_tail - rest[:, 0] if o.divergence == "forward_kl" else (teacher.log_tail - rest[:, 0]).abs()
-    few = ((rest[:, 0] < -6) & (other > 3)).nonzero()[:, 0]
-    rest = rest.index_put((few,), log_q[few].scatter(1, teacher.ids[few], -math.inf).logsumexp(-1, keepdim=True))
+    rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1)
+    return _of_few(log_q.gather(1, teacher.ids), rest, teacher, o)
+
+
+def _of_few(near, rest, teacher: Sparse, o: Objective) -> torch.Tensor:
+    """D of each row from what student and teacher say of ``teacher.ids`` and of all others together."""
     log_p = torch.cat([teacher.log_probs, teacher.log_tail[:, None]], -1).to(near.dtype)
-    value = _between(torch.cat([near, rest], -1), log_p, o)
+    value = _between(torch.cat([near, rest[:, None]], -1), log_p, o)
     return value if teacher.offset is None else value + teacher.offset
 
 
@@ -217,41 +219,83 @@ def _kl(a, log_a, log_b) -> torch.Tensor:
 def _part(teacher, rows: slice):
     if isinstance(teacher, Hidden):
         return teacher._replace(states=teacher.states[rows]).logits
-    return Sparse(*(x if x is None else x[rows] for x in teacher)) if isinstance(teacher, Sparse) else teacher[rows]
+    return Sparse(*(x if x is None else x[rows] for x in teacher)) if isinstance(teacher, Sparse) else None if teacher is None else teacher[rows]
+
+
+def _by_hand(z, targets, teacher, o: Objective) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The summed loss of logits ``z`` and its slope, in a few passes over ``z`` and in its memory; None where that is not known.
+
+    A slope by log q becomes one by z as d log q_i / dz_j = [i = j] − q_j.
+    """
+    dense, soft, at = torch.is_tensor(teacher), o.alpha > 0, o.temperature if o.alpha > 0 else 1.0
+    if soft and (dense and o.divergence != "forward_kl" or o.alpha < 1 and at != 1):
+        return None
+    log_q = torch.log_softmax(z if at == 1 else z.div_(at), -1, out=z)
+    said, loss = log_q.gather(1, targets[:, None]), 0.0
+    if soft and dense:
+        log_p = F.log_softmax(_wide(teacher) if at == 1 else _wide(teacher) / at, -1)
+        apart = log_p - log_q
+        loss = o.alpha * apart.mul_(log_p.exp_()).sum(-1).sum()
+        slope = log_q.exp_().sub_(log_p, alpha=o.alpha)
+    elif soft:
+        near = log_q.gather(1, teacher.ids)
+        slope = log_q.exp_().scatter_(1, teacher.ids, 0)
+        rest = slope.sum(-1).log()
+        with torch.enable_grad():
+            loss = o.alpha * _of_few(near.requires_grad_(), rest.requires_grad_(), teacher, o).sum()
+        by_near, by_rest = torch.autograd.grad(loss, (near, rest))
+        loss, by_q = loss.detach(), 1 - o.alpha - (by_near.sum(-1) + by_rest)[:, None]
+        slope.mul_(by_q + (by_rest / rest.exp()).nan_to_num_()[:, None])
+        slope.scatter_(1, teacher.ids, near.exp() * by_q).scatter_add_(1, teacher.ids, by_near)
+    else:
+        slope = log_q.exp_()
+    loss = loss * at**2
+    if o.alpha < 1:
+        loss -= (1 - o.alpha) * said.sum()
+        slope.scatter_add_(1, targets[:, None], torch.full_like(said, o.alpha - 1))
+    return loss, slope if at == 1 else slope.mul_(at)
+
+
+def _loss_and_slope(head: Head, hidden, targets, teacher, rows: slice, o: Objective, wanted: bool) -> tuple:
+    """The summed loss of the chunk ``rows`` and, if ``wanted``, its slope by what :meth:`Head.linear` gives."""
+    if head.softcap is None and (made := _by_hand(head.shape(head.linear(hidden[rows])), targets[rows], _part(teacher, rows), o)):
+        loss, slope = made
+        if loss.isfinite():  # it is not where a token cannot come
+            return loss, (slope if head.scale == 1 else slope.mul_(head.scale)).to(hidden.dtype)
+    linear = head.linear(hidden[rows]).requires_grad_(wanted)
+    with torch.set_grad_enabled(wanted):
+        loss = _row_losses(head.shape(linear), targets[rows], _part(teacher, rows), o).sum()
+    return loss.detach(), torch.autograd.grad(loss, linear)[0] if wanted else None
 
 
 class _Chunked(torch.autograd.Function):
-    """The summed loss of all rows; every gradient is ready when the forward pass ends."""
+    """``share`` of the summed loss of all rows; every gradient is ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, targets, teacher, objective, chunk):
+    def forward(ctx, hidden, weight, bias, head, targets, teacher, objective, chunk, share):
         grad_hidden = torch.empty_like(hidden) if (wanted := any(ctx.needs_input_grad[:3])) else None
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight[:0]).dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=_wide(bias[:0]).dtype) if ctx.needs_input_grad[2] else None
-        small = grad_weight is not None and grad_weight.dtype != hidden.dtype
-        part = torch.empty_like(weight, dtype=hidden.dtype) if small else None
-        head = head._replace(weight=weight.to(hidden.dtype))
-        total = _wide(hidden[:0]).new_zeros(())
+        wide = _wide(hidden[:0]).dtype
+        wide = _wide(weight[:0]).dtype
+        fresh = torch.empty_like if len(hidden) and wide == hidden.dtype else torch.zeros_like
+        grad_weight = fresh(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        part = None if grad_weight is None or wide == hidden.dtype else torch.empty_like(weight, dtype=hidden.dtype)
+        head, total = head._replace(weight=weight.to(hidden.dtype)), _wide(hidden[:0]).new_zeros(())
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            given = None if teacher is None else _part(teacher, rows)
-            linear = head.linear(hidden[rows]).requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                loss = _row_losses(head.shape(linear), targets[rows], given, objective).sum()
-            total += loss.detach()
+            loss, slope = _loss_and_slope(head, hidden, targets, teacher, rows, objective, wanted)
+            total += loss
             if not wanted:
                 continue
-            slope, = torch.autograd.grad(loss, linear)
-            del loss, linear
             if grad_bias is not None:
-                grad_bias += slope.sum(0, dtype=grad_bias.dtype)
-            torch.mm(slope, head.weight, out=grad_hidden[rows])
-            if small:
-                grad_weight += torch.mm(slope.T, hidden[rows], out=part)
+                grad_bias.add_(slope.sum(0, dtype=grad_bias.dtype), alpha=share)
+            torch.mm(slope, head.weight, out=grad_hidden[rows]).mul_(share)
+            if part is not None:
+                grad_weight.add_(torch.mm(slope.T, hidden[rows], out=part), alpha=share)
             elif grad_weight is not None:
-                torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight)
+                torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight, beta=int(start > 0), alpha=share)
         ctx.made = [(g, like.dtype) for g, like in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)) if like is not None]
-        return total
+        return total * share
 
     @staticmethod
     @once_differentiable
@@ -259,5 +303,5 @@ class _Chunked(torch.autograd.Function):
         made, ctx.made = ctx.made, None  # scaled in place, so they serve one backward pass
         if made is None:
             raise RuntimeError("The chunked loss can be differentiated once; compute it anew for another backward pass.")
-        gradients = [None if g is None else g.mul_(grad).to(dtype) for g, dtype in made]
-        return (*gradients, *[None] * (8 - len(gradients)))
+        gradients = [None if g is None else (g if grad == 1 else g.mul_(grad)).to(dtype) for g, dtype in made]
+        return (*gradients, *[None] * (9 - len(gradients)))

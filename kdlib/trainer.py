@@ -1,7 +1,7 @@
 """DistillationTrainer: ``transformers.Trainer`` with a teacher; supervised fine-tuning is ``alpha=0``."""
 
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -41,7 +41,8 @@ class DistillationTrainer(Trainer):
         if type(self.data_collator) is DataCollatorWithPadding:  # the Trainer's default, which pads no labels
             self.data_collator = Collator(self.processing_class.pad_token_id, pack=True)
         alone = lmbda or self.compute_metrics  # which take batches apart row by row
-        if getattr(self.data_collator, "pack", False) and (alone or not inference.keeps_rows_apart(self.model)):
+        readers = [self.model, *([teacher.model] if isinstance(teacher, Live) and objective.alpha > 0 else [])]
+        if getattr(self.data_collator, "pack", False) and (alone or not all(map(inference.keeps_rows_apart, readers))):
             self.data_collator = replace(self.data_collator, pack=False)
         self.model_accepts_loss_kwargs = True  # whatever the model, the step's response tokens are counted
         self.lmbda, self.max_new_tokens = lmbda, max_new_tokens
@@ -82,10 +83,10 @@ class DistillationTrainer(Trainer):
         mask, targets = inference.response_rows(inputs)
         teacher = self.teacher.targets(inputs, mask) if self.teacher is not None else None
         how = {"num_items": len(targets) if num_items_in_batch is None else num_items_in_batch, "vocabulary": self.vocabulary,
-               **asdict(self.objective)}
+               **vars(self.objective)}
         bare = model if model is self.model else self.accelerator.unwrap_model(model)
         if return_outputs:  # whole, which metrics expect
-            logits = model(**{k: inputs[k] for k in inference.INPUTS if k in inputs}, use_cache=False).logits
+            logits = model(**inference.taken(inputs)).logits
             wider = inputs["labels"].shape[1] - logits.shape[1]
             return distillation_loss(logits[mask], targets, teacher, **how), {"logits": F.pad(logits, (0, 0, 0, wider))}
         if self.linear is None:

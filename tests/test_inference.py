@@ -61,10 +61,29 @@ def test_what_reaches_the_head_gives_the_models_own_logits_and_gradients(family)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_share_a_sequence_are_as_alone_where_the_model_can(family):
     model = model_of(family)
-    ids, marks = torch.tensor([[5, 6, 7, 8, 9, 5, 6]]), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    together = model(input_ids=ids, position_ids=marks, use_cache=False).logits[0]
-    apart = torch.cat([model(input_ids=part[None]).logits[0] for part in (ids[0, :3], ids[0, 3:])])
-    assert inference.keeps_rows_apart(model) == torch.allclose(together, apart, rtol=1e-3, atol=1e-4)
+    taught = model.config._attn_implementation == "sdpa"
+    ids, marks, lengths = torch.arange(5, 18)[None], torch.tensor([[*range(5), *range(8)]]), torch.tensor([5, 8])
+    apart = torch.cat([model(input_ids=part).logits[0] for part in ids.split(lengths.tolist(), 1)])
+    slopes = torch.autograd.grad(apart.square().sum(), list(model.parameters()), allow_unused=True)
+    if not inference.keeps_rows_apart(model):
+        assert not taught or not torch.allclose(model(input_ids=ids, position_ids=marks, use_cache=False).logits[0], apart, rtol=1e-3, atol=1e-4)
+        return
+    assert taught
+    for told in ({}, {"rows": lengths}):
+        together = model(**inference.taken({"input_ids": ids, "position_ids": marks, **told})).logits[0]
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+        for a, b in zip(slopes, torch.autograd.grad(together.square().sum(), list(model.parameters()), allow_unused=True)):
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()) + 1e-7)
+
+
+def test_an_attention_that_reads_rows_apart_says_the_same_elsewhere_and_is_not_saved():
+    plain, taught, (inputs, _) = model_of("Mistral"), model_of("Mistral"), batch_of()
+    assert inference.keeps_rows_apart(taught) and "sdpa_rows" not in taught.config.to_json_string()
+    torch.testing.assert_close(plain(**inputs).logits, taught(**inputs).logits, rtol=0, atol=0)
+    how = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": 2}
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    assert inference.generate(plain, prompts, **how) == inference.generate(taught, prompts, **how)
 
 
 def test_a_model_that_ignores_positions_does_not_keep_rows_apart():
