@@ -140,8 +140,8 @@ def places(lengths: list[int]) -> list[list[int]]:
 class Collator:
     """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids.
 
-    With ``pack`` rows share sequences, in which ``position_ids`` start anew: short rows a few where that saves a tenth of all tokens,
-    long ones (64 tokens and more) a single one without padding, whose ``rows`` are their lengths.
+    With ``pack`` rows share sequences where that saves a tenth of all tokens, and ``position_ids`` start anew in each: rows of up to
+    63 tokens a few sequences, longer ones a single one without padding, for which ``rows`` are their lengths.
     """
 
     pad_token_id: int
@@ -154,7 +154,7 @@ class Collator:
         lengths = [max(1, len(r["input_ids"]) - 1) for r in rows]
         order = [] if not self.pack else [[*range(len(rows))]] if max(lengths) >= 64 else places(lengths)
         width = max((sum(lengths[i] for i in place) for place in order), default=0)
-        if not (shared := len(order) == 1 or 0 < len(order) * width <= 0.9 * len(rows) * max(lengths)):
+        if not (shared := 0 < len(order) * width <= 0.9 * len(rows) * max(lengths)):
             order, width = [[i] for i in range(len(rows))], max(lengths)
         marks = "position_ids" if shared else "attention_mask"
         batch = {"rows": torch.tensor([lengths[i] for i in order[0]])} if shared and len(order) == 1 else {}
