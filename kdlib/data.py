@@ -1,7 +1,6 @@
 """Chat data, a ``datasets.Dataset`` with ``messages``: render with a loss mask, subset by budget, batch."""
 
 import hashlib
-import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,28 +119,12 @@ def example_key(identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(str(identifier).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def places(lengths: list[int]) -> list[list[int]]:
-    """Indices of ``lengths`` on few padded tokens: one a place, or some that share places of up to twice the longest."""
-    best, longest = [[i] for i in range(len(lengths))], max(lengths)
-    tokens, order = longest * len(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for count in range(-(-sum(lengths) // (2 * longest)), len(lengths)):
-        if count * longest >= tokens:
-            break
-        found = [(0, place, []) for place in range(count)]
-        for i in order:  # the longest that is left into the emptiest place
-            total, place, members = found[0]
-            heapq.heapreplace(found, (total + lengths[i], place, [*members, i]))
-        if (width := max(found)[0]) <= 2 * longest and count * width < tokens:
-            tokens, best = count * width, [members for *_, members in sorted(found, key=lambda f: f[1])]
-    return best
-
-
 @dataclass
 class Collator:
     """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids.
 
     With ``pack`` rows share sequences where that saves a tenth of all tokens, and ``position_ids`` start anew in each: rows of up to
-    63 tokens a few sequences, longer ones a single one without padding, for which ``rows`` are their lengths.
+    63 tokens two by two, longer ones all in one without padding, for which ``rows`` are their lengths.
     """
 
     pad_token_id: int
@@ -152,7 +135,9 @@ class Collator:
             raise ValueError(f"Every row needs input_ids and as many labels; one has {len(odd[0]['input_ids'])} and "
                              f"{len(odd[0].get('labels', ()))}.")
         lengths = [max(1, len(r["input_ids"]) - 1) for r in rows]
-        order = [] if not self.pack else [[*range(len(rows))]] if max(lengths) >= 64 else places(lengths)
+        longer = sorted(range(len(rows)), key=lambda i: -lengths[i])
+        pairs = [list({a, b}) for a, b in zip(longer[:-(-len(rows) // 2)], longer[::-1])]  # the longest with the shortest
+        order = [] if not self.pack else [longer] if max(lengths) >= 64 else pairs
         width = max((sum(lengths[i] for i in place) for place in order), default=0)
         if not (shared := 0 < len(order) * width <= 0.9 * len(rows) * max(lengths)):
             order, width = [[i] for i in range(len(rows))], max(lengths)

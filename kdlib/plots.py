@@ -18,7 +18,7 @@ OPTIONS = {"svg.hashsalt": "kdlib", "font.size": 10, "axes.spines.top": False, "
            "grid.alpha": 0.3, "figure.constrained_layout.use": True}
 
 
-_axes = matplotlib.rc_context(OPTIONS)(lambda width=6.4, height=4.0: plt.subplots(figsize=(width, height)))
+axes = matplotlib.rc_context(OPTIONS)(lambda width=6.4, height=4.0: plt.subplots(figsize=(width, height)))
 
 
 def _budget_axis(ax, budgets) -> None:
@@ -30,7 +30,7 @@ def _budget_axis(ax, budgets) -> None:
 
 def score_vs_budget(frame: pd.DataFrame, metric: Metric):
     """Score against budget, one line a method: mean and t interval over seeds, seeds as dots."""
-    fig, ax = _axes()
+    fig, ax = axes()
     tables, ends = [], []
     for method, runs in frame.groupby("method", sort=False):
         style = STYLE[method]
@@ -62,7 +62,7 @@ def score_vs_budget(frame: pd.DataFrame, metric: Metric):
 
 def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
     """The paired gap against budget: mean with paired-t interval, every seed's difference a dot, zero line, ±δ band."""
-    fig, ax = _axes()
+    fig, ax = axes()
     table = stats.gap_table(gaps)
     ax.axhspan(-metric.delta, metric.delta, color="0.88", zorder=0)
     ax.axhline(0, color="0.3", linewidth=1)
@@ -76,32 +76,6 @@ def gap_vs_budget(gaps: pd.DataFrame, metric: Metric):
     ax.set_title(f"Paired gap by data budget: mean, 95% interval, {table.n_seeds.min()} seeds (dots);\n"
                  f"in the grey band, ±δ = {metric.delta:g}, a gap does not matter", fontsize=10, loc="left")
     return fig, gaps[["budget", "seed", "gap"]].merge(table.rename(columns={"gap": "mean_gap"}), on="budget")
-
-
-def skill_gaps(records: list[dict], metric: Metric):
-    """The paired gap per skill, for the two smallest budgets and for the largest: mean and interval over seeds."""
-    frame = results.skill_frame(records, metric.name)
-    budgets = sorted(frame.budget.unique())
-    parts = {f"{budgets[0]:,} and {budgets[1]:,} examples": budgets[:2], f"{budgets[-1]:,} examples": budgets[-1:]}
-    rows = []
-    for part, chosen in parts.items():
-        wide = frame[frame.budget.isin(chosen)].pivot_table(index=["skill", "seed"], columns="method", values=metric.name)
-        gap = (wide.kd - wide.sft) * (1 if metric.higher_is_better else -1)
-        rows += [(part, skill, *stats.paired_interval(values)[:4]) for skill, values in gap.groupby("skill")]
-    table = pd.DataFrame(rows, columns=["part", "skill", "gap", "ci_low", "ci_high", "n_seeds"])
-    order = table[table.part == table.part[0]].sort_values("gap").skill.tolist()
-    fig, ax = _axes(6.4, 1.4 + 0.36 * len(order))
-    ax.axvline(0, color="0.3", linewidth=1)
-    looks = ({"color": STYLE["kd"]["color"], "marker": "s"}, {"color": "#333333", "marker": "o", "markerfacecolor": "white"})
-    for (part, sub), offset, look in zip(table.groupby("part", sort=False), (0.14, -0.14), looks):
-        sub = sub.set_index("skill").loc[order]
-        ax.errorbar(sub.gap, [i + offset for i in range(len(order))], xerr=[sub.gap - sub.ci_low, sub.ci_high - sub.gap],
-                    capsize=2, linestyle="none", label=part, **look)
-    ax.set_yticks(range(len(order)), [s.replace("_", " ") for s in order])
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-    fig.supxlabel(f"{metric.gap_label}:\nmean and 95% interval over {table.n_seeds.min()} seeds, not adjusted for looking at "
-                  f"{len(order)} skills", fontsize=9)
-    return fig, table
 
 
 def save(fig, plotted: pd.DataFrame, folder: Path, name: str) -> None:

@@ -2,8 +2,8 @@
 
 import math
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 
@@ -42,32 +42,13 @@ def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
     return value
 
 
-@dataclass(frozen=True)
-class Preset:
-    """One size of the study.
+class Preset(SimpleNamespace):
+    """One size of the study: its ``name`` and what presets.toml says of it.
 
     ``source`` says what data (``kind`` names a loader of :mod:`kdlib.stages`; its first ``train_rows`` rows are used),
     ``student`` and ``teachers`` which models and how they are pre-trained and teachers tuned, ``steps`` × ``batch_size`` what every
     run trains, in batches of like length within ``length_window`` of them, ``learning_rate`` what the ``sweep`` chose.
     """
-
-    name: str
-    about: str
-    source: dict
-    train_rows: int
-    max_length: int
-    vocab_size: int
-    max_new_tokens: int
-    student: dict
-    teachers: dict
-    steps: int
-    batch_size: int
-    length_window: int
-    learning_rate: dict
-    budgets: list
-    seeds: list
-    metric: str
-    sweep: dict
 
     @property
     def scored(self) -> Metric:

@@ -1,10 +1,8 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from kdlib import results, runner, store
 from kdlib.presets import KINDS, METHODS, PRESETS, Preset, check
@@ -123,31 +121,9 @@ def _check_one_origin(records: list[dict], plan: Plan) -> None:
                              f"{part}_hash differs) and cannot be compared; give a new results_dir, and all of it is made here.")
 
 
-def sweep_plan(preset: Preset, root: str | Path, workers: int = 0) -> Plan:
+def sweep_plan(preset: Preset, root: str | Path, train_missing: bool = True, workers: int = 0) -> Plan:
     """The runs of a preset's learning-rate sweep: every method over the same rates, on validation rows of an unreported world or seed."""
     s = preset.sweep
-    configs = [config for rate in s["learning_rates"]
-               for config in grid(replace(preset, learning_rate={m: {1: rate} for m in METHODS}), METHODS, s["budgets"], s["seeds"],
-                                  s["world_seed"], split="validation")]
-    return Plan(preset, "lr_sweep", tuple(configs), store.open_folder(root), True, True, workers)
-
-
-def sweep_table(records: list[dict], preset: Preset) -> pd.DataFrame:
-    """Mean ``score`` over seeds by method, budget and rate; ``chosen``: each method's best at a budget, of equals the smallest."""
-    metric, keys = preset.scored, ["method", "budget"]
-    means = results.frame(records).groupby([*keys, "learning_rate"])[metric.name].agg(score="mean", n_runs="size").reset_index()
-    ranked = means.sort_values(["score", "learning_rate"], ascending=[not metric.higher_is_better, True])
-    return means.assign(chosen=means.index.isin(ranked.groupby(keys).head(1).index))
-
-
-def chosen_rates(table: pd.DataFrame) -> dict[str, dict[int, float]]:
-    """The learning rate of each method at each budget that a :func:`sweep_table` chooses."""
-    return {m: dict(zip(g.budget.tolist(), g.learning_rate.tolist())) for m, g in table[table.chosen].groupby("method")}
-
-
-def sweep(preset: str, root: str, workers: int = 0) -> None:
-    """Run what is missing of a preset's sweep, write its table, and say whether the preset holds what it chose."""
-    planned = sweep_plan(PRESETS[check("preset", preset, str, ", ".join(PRESETS), lambda v: v in PRESETS)], root, workers)
-    table = sweep_table(run(planned), planned.preset)
-    results.write_table(table, planned.folder / "tables" / "lr_sweep.csv")
-    print(f"{table.to_string(index=False)}\nchosen: {chosen_rates(table)}; the preset has {planned.preset.learning_rate}.")
+    flat = [Preset(**{**vars(preset), "learning_rate": {m: {1: rate} for m in METHODS}}) for rate in s["learning_rates"]]
+    configs = [c for p in flat for c in grid(p, METHODS, s["budgets"], s["seeds"], s["world_seed"], split="validation")]
+    return Plan(preset, "lr_sweep", tuple(configs), store.open_folder(root), True, train_missing, workers)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
 
     A killed writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
     """
-    folder, vocabulary = Path(folder), len(tokenizer)
+    folder, vocabulary = Path(folder), max(tokenizer.get_vocab().values()) + 1
     for name, value in (("form", form), ("tail", tail), ("dtype", dtype)):
         check(name, value, str, ", ".join(ALLOWED[name]), ALLOWED[name].__contains__)
     most = vocabulary if form == "top_k" else 2**16
@@ -92,11 +93,11 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
     if len({str(r.get("id")) for r in rows}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one, or have none.")
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype,
-            "rows": store.digest([[r["id"], r["input_ids"], r["labels"]] for r in rows]), "shard_rows": shard_rows}
+            "rows": store.digest([[r["id"], r["input_ids"], r["labels"]] for r in rows])}
     if form not in EXACT:
         spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature}
         spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
-    parts = {}
+    parts = {"vocabulary": lambda work: store.write_atomic(work / "vocabulary.json", json.dumps(tokenizer.get_vocab()))}
     if form == "hidden":
         if (linear := inference.linear_head(model)) is None:
             raise ValueError("form='hidden' needs a teacher whose logits are one matrix times its hidden states; allowed: another form.")
@@ -104,6 +105,8 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
         spec |= {"width": head.in_features, "linear": linear}
         tensors = {n: v.detach().cpu().contiguous() for n in ("weight", "bias") if (v := getattr(head, n)) is not None}
         parts["head"] = lambda work: save_file(tensors, work / "head.safetensors")
+    longest, numbers = max((len(r["labels"]) for r in rows), default=0), {"full": vocabulary, "hidden": spec.get("width")}.get(form, k)
+    spec["shard_rows"] = shard_rows = max(1, min(shard_rows, (2**31 - 1) // max(1, longest * numbers)))  # which Arrow's lists hold
     build = partial(_write_shard, model=model, tokenizer=tokenizer, spec=spec, batch_size=batch_size)
     return _write(folder, spec, parts | _shards(rows, shard_rows, build))
 
@@ -141,7 +144,7 @@ def _write(folder: Path, spec: dict, parts: dict[str, Callable[[Path], None]]) -
             raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")
         for name, build in parts.items():
             store.fill(folder / name, build)
-        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(parts.keys() - {"head"}), "spec": store.digest(spec)}))
+        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(parts.keys() - {"head", "vocabulary"}), "spec": store.digest(spec)}))
     return folder
 
 
@@ -216,11 +219,14 @@ class Cached:
     def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int:
         """Check the cache against everything it depends on and return its vocabulary. Raises ValueError with the reason."""
         spec, where = self.spec, f"the cache in {self.folder}"
+        widths = spec["vocabulary"], student.get_output_embeddings().weight.shape[0]
         for part, value in _identity(tokenizer).items():
             if value != spec[part]:
+                tokens = (store.check_files(self.folder / "vocabulary") / "vocabulary.json").read_text(encoding="utf-8")
+                models.common_vocabulary(tokenizer, SimpleNamespace(get_vocab=lambda: json.loads(tokens)), *widths)
                 raise ValueError(f"T{where[1:]} was made with another {part}; write it anew.")
-        if (width := student.get_output_embeddings().weight.shape[0]) < spec["vocabulary"]:
-            raise ValueError(f"T{where[1:]} covers {spec['vocabulary']} tokens, the student's head {width}.")
+        if widths[1] < widths[0]:
+            raise ValueError(f"T{where[1:]} covers {widths[0]} tokens, the student's head {widths[1]}.")
         if spec["form"] not in EXACT and objective.temperature != spec["temperature"]:
             raise ValueError(f"temperature={objective.temperature} but {where} was made at {spec['temperature']}; allowed: that, "
                              "or a full or hidden cache.")

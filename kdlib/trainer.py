@@ -100,10 +100,23 @@ class DistillationTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One batch of an evaluation; the loss alone where nobody asks for logits, so that they are never held whole."""
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+        inputs = self._prepare_inputs(inputs)
+        if prediction_loss_only:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = self.compute_loss(model, inputs), None, None
+        else:
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        count = len(inference.response_rows(inputs)[1])
+        self.tally += torch.stack([found[0] * count, torch.full_like(found[0], count)]).double()
+        return found
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, with the loss's mean over response tokens, as in training, where its own is over batches."""
+        self.tally = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        out = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self.tally).tolist()
+        out.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
+        return out
 
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,

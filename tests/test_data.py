@@ -143,17 +143,27 @@ def test_packing_loses_no_token_and_starts_positions_anew():
     assert (batch["labels"] != IGNORE).sum() == sum(k - 1 for k in lengths)
 
 
-def test_rows_share_places_where_that_saves_tokens():
-    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}] * 4
-    assert data.Collator(0, pack=True)(rows)["input_ids"].shape == (4, 2), "of one length: nothing to save"
-    assert data.places([5, 5, 5]) == [[0], [1], [2]]
+def rows_of(lengths):
+    return [{"input_ids": [n + 1] * k, "labels": [IGNORE] + [n + 1] * (k - 1)} for n, k in enumerate(lengths)]
+
+
+def test_rows_share_sequences_where_that_saves_a_tenth_of_the_tokens():
+    for lengths in ([3] * 4, [70] * 4, [70, 69, 68], [3]):
+        batch = data.Collator(0, pack=True)(rows_of(lengths))
+        assert batch["input_ids"].shape == (len(lengths), max(lengths) - 1) and "attention_mask" in batch
     for seed in range(20):
-        lengths = [random.Random(f"{seed} {i}").randint(1, 40) for i in range(random.Random(seed).randint(1, 33))]
-        found = data.places(lengths)
-        width = max(sum(lengths[i] for i in place) for place in found)
-        assert sorted(i for place in found for i in place) == list(range(len(lengths)))
-        assert width <= 2 * max(lengths) and len(found) * width <= len(lengths) * max(lengths)
-    assert len(found) * width < 0.75 * len(lengths) * max(lengths)
+        lengths = [random.Random(f"{seed} {i}").randint(2, 40) for i in range(random.Random(seed).randint(2, 33))]
+        padded, packed = (data.Collator(0, pack)(rows_of(lengths)) for pack in (False, True))
+        assert packed["input_ids"].shape[1] <= 2 * (max(lengths) - 1) and packed["input_ids"].numel() <= padded["input_ids"].numel()
+    assert packed["input_ids"].numel() < 0.8 * padded["input_ids"].numel()
+
+
+def test_long_rows_share_one_sequence_without_padding():
+    batch = data.Collator(0, pack=True)(rows_of([5, 90, 41]))
+    assert batch["rows"].tolist() == [89, 40, 4] and batch["input_ids"].shape == (1, 133) and batch["labels"].shape == (1, 134)
+    assert batch["position_ids"].tolist() == [[*range(89), *range(40), *range(4)]]
+    assert batch["input_ids"].tolist() == [[2] * 89 + [3] * 40 + [1] * 4]
+    assert batch["labels"].tolist() == [[IGNORE] + [2] * 89 + [3] * 40 + [1] * 4]
 
 
 @pytest.mark.parametrize("row", [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2]}, {"input_ids": [], "labels": []}, {"input_ids": [1, 2]}])

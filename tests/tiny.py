@@ -1,14 +1,19 @@
 """A study of seconds: ``python tests/tiny.py FOLDER [WORKERS]`` runs it, so that tests can kill it."""
 
 import sys
-from dataclasses import replace
 
 from kdlib import store, study
-from kdlib.presets import METHODS, PRESETS
+from kdlib.presets import METHODS, PRESETS, Preset
 
 SMOKE = PRESETS["smoke"]
 
-TINY = replace(
+
+def changed(preset: Preset, **settings) -> Preset:
+    """``preset`` with other ``settings``."""
+    return Preset(**{**vars(preset), **settings})
+
+
+TINY = changed(
     SMOKE, name="tiny", source={"kind": "lab", "pretrain_lines": 2000, "pool_rows": 200, "test_rows": 40, "unseen_rows": 20},
     train_rows=200, student={**SMOKE.student, "steps": 40},
     teachers={"base": {**SMOKE.teachers["base"], "steps": 40, "tuning": {"steps": 20, "learning_rate": 2e-3, "batch_size": 16}}},
