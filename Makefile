@@ -33,8 +33,8 @@ test: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-sweep: $(READY)
-	$(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import study; study.sweep('$(PRESET)', '$(OUT)', $(WORKERS))"
+sweep:
+	@$(MAKE) --no-print-directory study EXPERIMENTS=notebooks/07_learning_rates.ipynb
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -e '.[bench]'

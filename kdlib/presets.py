@@ -21,16 +21,12 @@ class Metric(NamedTuple):
         return f"gap in {self.label.split(' (')[0]} ({'KD − SFT' if self.higher_is_better else 'SFT − KD'})"
 
 
-METRICS = {
-    "accuracy": Metric("accuracy", "accuracy (macro over skills)", True, 0.01),
-    "bits_per_byte": Metric("bits_per_byte", "bits per byte of human answers", False, 0.01),
-}
+METRICS = {"accuracy": Metric("accuracy", "accuracy (macro over skills)", True, 0.01),
+           "bits_per_byte": Metric("bits_per_byte", "bits per byte of human answers", False, 0.01)}
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")  # of divergence
-METHODS = {  # alpha is the weight of the teacher in the loss; everything else is equal
-    "sft": {"alpha": 0.0, "temperature": 1.0},
-    "kd": {"alpha": 1.0, "temperature": 1.0},
-}
+METHODS = {"sft": {"alpha": 0.0, "temperature": 1.0},  # alpha is the weight of the teacher in the loss; everything else is equal
+           "kd": {"alpha": 1.0, "temperature": 1.0}}
 
 
 def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):

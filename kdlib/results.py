@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -76,21 +75,6 @@ def skill_frame(records: list[dict], metric: str = "accuracy") -> pd.DataFrame:
     rows = [{"method": r["method"], "budget": r["budget"], "seed": r["seed"], "skill": skill, metric: value}
             for r in records for skill, value in r["metrics"].get(f"{metric}_by_skill", {}).items()]
     return pd.DataFrame(rows, columns=["method", "budget", "seed", "skill", metric])
-
-
-def item_frame(records: list[dict], metric: str) -> pd.DataFrame:
-    """One row a run and test item, so that the ``score`` summed over the ``weight`` summed is the run's metric."""
-    parts = []
-    for r in records:
-        items = r["items"]
-        part = pd.DataFrame({**{k: r[k] for k in ("method", "budget", "seed")}, "item": items["id"], "skill": items["skill"]})
-        if metric == "accuracy":  # the seen suite, scaled so that every skill weighs the same
-            part = part.assign(score=items["correct"], weight=1)[[s == "seen" for s in items["suite"]]]
-            part["score"] *= len(part) / part.skill.nunique() / part.skill.map(part.skill.value_counts())
-        else:  # bits per byte
-            part = part.assign(score=[v / math.log(2) for v in items["nll"]], weight=items["bytes"])
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
 
 
 @lru_cache(maxsize=1)

@@ -63,17 +63,21 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baselin
     return _rounded(gap).rename("gap").reset_index().assign(run_ids=list(map(list, zip(sides[0].run_id, sides[1].run_id))))
 
 
-def item_interval(items: pd.DataFrame, metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
-    """The gap of one budget with test items as the unit: how far other items, not other training runs, could move it."""
-    score = items.pivot_table(index="item", columns="method", values="score")  # averaged over seeds
-    difference = (score[method] - score[baseline]) * (1 if metric.higher_is_better else -1)
-    item = items.groupby("item")[["skill", "weight"]].first().loc[difference.index]
-    estimate = float(difference.sum() / item.weight.sum())
-    if metric.name == "accuracy":  # a mean over skills, so items vary about their skill's mean
-        residual, strata = difference - difference.groupby(item.skill).transform("mean"), item.skill.nunique()
+def item_interval(records: list[dict], metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
+    """The gap of one budget's ``records`` with test items as the unit: how far other items, not other training runs, could move it."""
+    column, scale = ("correct", 1.0) if metric.name == "accuracy" else ("nll", 1 / np.log(2))
+    above, below = (np.mean([r["items"][column] for r in records if r["method"] == m], axis=0) for m in (method, baseline))
+    first = records[0]["items"]
+    item = pd.DataFrame({"gap": (above - below) * scale * (1 if metric.higher_is_better else -1), "weight": 1, "skill": first["skill"]})
+    if metric.name == "accuracy":  # a mean over skills of the seen suite, so items vary about their skill's mean
+        item = item[[s == "seen" for s in first["suite"]]]
+        by_skill = item.groupby("skill").gap
+        item["gap"] *= (share := len(item) / by_skill.ngroups / by_skill.transform("size"))
+        residual, strata = item.gap - share * by_skill.transform("mean"), by_skill.ngroups
     else:  # a ratio of sums, so about the ratio times their bytes (the delta method: Cochran 1977, sections 5.3 and 6.3)
-        residual, strata = difference - estimate * item.weight, 1
-    n = len(difference)
+        item["weight"] = first["bytes"]
+        residual, strata = item.gap - item.gap.sum() / item.weight.sum() * item.weight, 1
+    n, estimate = len(item), float(item.gap.sum() / item.weight.sum())
     error = float(np.sqrt(n * (residual**2).sum() / (n - strata)) / item.weight.sum())
     half = float(scipy_stats.t.ppf(0.975, n - strata)) * error
     p = 2 * float(scipy_stats.t.sf(abs(estimate) / error, n - strata)) if error else float(estimate == 0)

@@ -217,12 +217,55 @@ def sparse_of(t, k, temperature=1.0, renormalise=False):
     return Sparse(ids, top - top.logsumexp(-1, keepdim=True), torch.full_like(tail, -math.inf)) if renormalise else Sparse(ids, top, tail)
 
 
+def with_head(x, *rest, **settings):
+    """:func:`distillation_loss` of logits in the form that takes hidden states: in chunks, its slope made by hand."""
+    return linear_distillation_loss(x, Head(torch.eye(x.shape[1], dtype=x.dtype)), *rest, chunk_size=4, **settings)
+
+
+FORMS = pytest.mark.parametrize("form", [distillation_loss, with_head], ids=["plain", "by hand"])
+
+
+@pytest.mark.parametrize("alpha, temperature", [(1.0, 1.0), (1.0, 2.0), (0.4, 1.0), (0.4, 2.0), (0.0, 3.0)])
 @pytest.mark.parametrize("kind, beta", SETTINGS)
-def test_a_sparse_teacher_is_the_divergence_over_its_tokens_and_one_bucket(kind, beta):
+def test_the_slope_made_by_hand_is_the_plain_ones(kind, beta, alpha, temperature):
+    s, t, y = logits(6, 13, 1, scale=4), logits(6, 13, 2, scale=4), torch.arange(6)
+    drawn = torch.multinomial(F.softmax(t, -1), 20, replacement=True, generator=torch.Generator().manual_seed(0))
+    sampled = Sparse(drawn, torch.full(drawn.shape, -math.log(20), dtype=t.dtype), torch.full((6,), -math.inf, dtype=t.dtype), s[:, 0])
+    cut = t.clone()
+    cut[1, 3] = cut[4, 12] = -math.inf
+    for teacher in (t, sparse_of(t, 4, temperature), sparse_of(t, 4, temperature, True), sampled, cut):
+        if kind != "forward_kl" and teacher is sampled:
+            continue
+        found = []
+        for form in (distillation_loss, with_head):
+            x = s.clone().requires_grad_()
+            loss = form(x, y, teacher if alpha else None, alpha=alpha, kind=kind, beta=beta, temperature=temperature, num_items=3)
+            found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+        if not found[0][0].isfinite():  # reverse KL from what the teacher rules out
+            assert found[1][0] == found[0][0] == math.inf
+            continue
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_only_the_usual_objectives_are_made_by_hand(monkeypatch):
+    s, t, y, seen = logits(6, 9, 1), logits(6, 9, 2), torch.arange(6), []
+    monkeypatch.setattr(losses, "_row_losses", lambda *_: seen.append(1) or torch.zeros(4, requires_grad=True))
+    for teacher in (t, sparse_of(t, 3), None):
+        with_head(s, y, teacher, alpha=float(teacher is not None), num_items=1)
+    with_head(s, y, sparse_of(t, 3, 2.0), alpha=1.0, kind="jsd", temperature=2.0, num_items=1)
+    assert not seen
+    with_head(s, y, t, alpha=1.0, kind="jsd", num_items=1)
+    assert len(seen) == 2
+
+
+@FORMS
+@pytest.mark.parametrize("kind, beta", SETTINGS)
+def test_a_sparse_teacher_is_the_divergence_over_its_tokens_and_one_bucket(kind, beta, form):
     s, t, y = logits(6, 9, 1), logits(6, 9, 2), torch.arange(6)
     sparse = sparse_of(t, 4, 2.0)
     x = s.clone().requires_grad_()
-    loss = distillation_loss(x, y, sparse, alpha=1.0, kind=kind, beta=beta, temperature=2.0, num_items=1)
+    loss = form(x, y, sparse, alpha=1.0, kind=kind, beta=beta, temperature=2.0, num_items=1)
     coarse = 0.0
     for row in range(6):
         ids = sparse.ids[row].tolist()
@@ -230,7 +273,8 @@ def test_a_sparse_teacher_is_the_divergence_over_its_tokens_and_one_bucket(kind,
         parts = [[a[i] for i in ids] + [sum(a[i] for i in range(9) if i not in ids)] for a in (q, p)]
         coarse += 4 * definition(*[[math.log(v) for v in part] for part in parts], kind, beta)
     assert loss.item() == pytest.approx(coarse, rel=1e-10)
-    assert torch.autograd.gradcheck(lambda z: distillation_loss(z, y, sparse, alpha=0.7, kind=kind, beta=beta, temperature=2.0, num_items=1), (x,))
+    if form is distillation_loss:
+        assert torch.autograd.gradcheck(lambda z: distillation_loss(z, y, sparse, alpha=0.7, kind=kind, beta=beta, temperature=2.0, num_items=1), (x,))
 
 
 @pytest.mark.parametrize("kind, beta", SETTINGS)
@@ -244,9 +288,10 @@ def test_a_sparse_teacher_with_every_token_is_the_whole_one(kind, beta):
     torch.testing.assert_close(*(torch.autograd.grad(x, s)[0] for x in whole))
 
 
+@FORMS
 @pytest.mark.parametrize("kind, beta", SETTINGS)
 @pytest.mark.parametrize("sure", [(0.0, 18.0), (18.0, 0.0), (25.0, 25.0)])
-def test_a_bucket_keeps_its_digits_where_student_or_teacher_are_sure(kind, beta, sure):
+def test_a_bucket_keeps_its_digits_where_student_or_teacher_are_sure(kind, beta, sure, form):
     """In single precision one minus the mass of the top k has none left."""
     s, t = (logits(4, 50, i).float() for i in (1, 2))
     s[:, 3] += sure[0]
@@ -256,7 +301,7 @@ def test_a_bucket_keeps_its_digits_where_student_or_teacher_are_sure(kind, beta,
         x, y = s.to(dtype).requires_grad_(), t.to(dtype)
         top, ids = F.log_softmax(y, -1).topk(8)
         sparse = Sparse(ids, top, F.log_softmax(y, -1).scatter(1, ids, -math.inf).logsumexp(-1))
-        loss = distillation_loss(x, torch.arange(4), sparse, alpha=1.0, kind=kind, beta=beta, num_items=1)
+        loss = form(x, torch.arange(4), sparse, alpha=1.0, kind=kind, beta=beta, num_items=1)
         values.append(loss.double())
         slopes.append(torch.autograd.grad(loss, x)[0].double())
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)

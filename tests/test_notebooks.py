@@ -9,10 +9,12 @@ import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
 from kdlib import results, stats, study
+from kdlib.presets import PRESETS
 
 FOLDER = results.REPOSITORY / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -44,7 +46,7 @@ def text_of(cells):
 
 
 def test_the_notebooks_are_there():
-    assert [p.stem for p in NOTEBOOKS] == ["00_start_here", "01_losses", "02_data_budget"] and EXPERIMENTS
+    assert [p.stem for p in NOTEBOOKS] == ["00_start_here", "01_losses", "02_data_budget", "07_learning_rates"] and EXPERIMENTS
 
 
 @by_name(NOTEBOOKS)
@@ -152,6 +154,20 @@ def test_start_here_trains_its_comparison_live(smoke, tmp_path):
     assert "0 of 8 runs found" in shown and "8 of 8 runs found" in shown and "C1a: exploratory" in shown
 
 
+def test_a_sweep_runs_what_is_missing_and_says_what_it_chose(tmp_path):
+    nb = run(FOLDER / "07_learning_rates.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
+    assert "8 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
+    table = pd.read_csv(tmp_path / "results" / "smoke" / "tables" / "lr_sweep.csv")
+    records = study.run(study.sweep_plan(PRESETS["smoke"], tmp_path / "results", train_missing=False))
+    frame = results.frame(records)
+    for (method, budget), rows in table.groupby(["method", "budget"]):
+        scores = frame[(frame.method == method) & (frame.budget == budget)].set_index("learning_rate").accuracy
+        assert rows.set_index("learning_rate").score.to_dict() == pytest.approx(scores.to_dict())
+        best, = rows[rows.chosen].learning_rate
+        assert best == min(r for r, v in scores.items() if v == scores.max())
+        assert f"{budget}: {best}" in text_of(tagged(nb, "verdict"))
+
+
 def test_losses_with_other_parameters(tmp_path):
     nb = run(FOLDER / "01_losses.ipynb", tmp_path / "out.ipynb", temperature=3.0, alpha=0.2, rows=9, vocabulary=50)
     assert "by global count" in text_of(code(nb))
@@ -163,6 +179,7 @@ def test_losses_with_other_parameters(tmp_path):
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "budgets: [0, 100]"], "budgets=[0, 100] is not allowed"),
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "seeds: [3]"], "seeds=[3] is not allowed"),
     ("02_data_budget", ["-p", "sedes", "3"], "Unknown parameter 'sedes'"),
+    ("07_learning_rates", ["-p", "preset", "huge"], "preset='huge' is not allowed; allowed: smoke, lab, realtext"),
     ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False")])
 def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, arguments, message):
     target = tmp_path / "results"

@@ -60,21 +60,6 @@ def test_gap_figure_draws_the_gap_table_and_a_zero_line(metric):
     assert ("KD − SFT" if metric.higher_is_better else "SFT − KD") in ax.get_ylabel()
 
 
-def record(method, budget, seed, value):
-    return {"method": method, "budget": budget, "seed": seed,
-            "metrics": {"accuracy_by_skill": {"add": value, "two_hop": value / 2}}}
-
-
-def test_skill_figure_pairs_by_seed_and_splits_scarce_from_abundant():
-    records = [record(m, b, s, 0.5 + 0.01 * s + (0.1 + 0.02 * s if m == "kd" and b < 400 else 0))
-               for m in ("sft", "kd") for b in (100, 200, 400) for s in (0, 1, 2)]
-    fig, plotted = plots.skill_gaps(records, ACC)
-    scarce = plotted[plotted.part == "100 and 200 examples"].set_index("skill")
-    assert scarce.gap["add"] == pytest.approx(0.12) and scarce.gap["two_hop"] == pytest.approx(0.06)
-    assert plotted[plotted.part == "400 examples"].gap.abs().max() == pytest.approx(0)
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["two hop", "add"]
-
-
 def test_reference_lines_are_the_teacher_and_the_untuned_student():
     data = frame().assign(untuned_accuracy=0.05, teacher_accuracy=0.9)
     fig, plotted = plots.score_vs_budget(data, ACC)
@@ -86,11 +71,7 @@ def test_reference_lines_are_the_teacher_and_the_untuned_student():
 @pytest.mark.parametrize("metric", [ACC, BPB])
 def test_nothing_is_cut_off_at_a_figures_edge(metric):
     data = frame().rename(columns={"accuracy": metric.name}).assign(**{f"teacher_{metric.name}": 0.9})
-    skills = [f"information_extraction_{i}" for i in range(10)]
-    records = [{"method": r.method, "budget": r.budget, "seed": r.seed, "metrics": {
-        f"{metric.name}_by_skill": {s: getattr(r, metric.name) for s in skills}}} for r in data.itertuples()]
-    for fig, _ in (plots.score_vs_budget(data, metric), plots.gap_vs_budget(stats.paired_gaps(data, metric), metric),
-                   plots.skill_gaps(records, metric)):
+    for fig, _ in (plots.score_vs_budget(data, metric), plots.gap_vs_budget(stats.paired_gaps(data, metric), metric)):
         fig.canvas.draw()
         drawn, whole = fig.get_tightbbox(fig.canvas.get_renderer()), fig.bbox_inches
         assert drawn.x0 > -0.01 and drawn.y0 > -0.01 and drawn.x1 < whole.x1 + 0.01 and drawn.y1 < whole.y1 + 0.01

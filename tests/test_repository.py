@@ -89,24 +89,22 @@ def test_every_committed_record_is_whole_and_belongs_to_a_design(name):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_tables_figures_and_claims_follow_from_the_records(name, tmp_path, monkeypatch):
-    """The notebook's own cells, on a copy of the records and without the two that look at the data."""
+    """The notebooks' own cells, on a copy of the records and without the two that look at the data."""
     shutil.copytree(RESULTS / name / "runs", store.open_folder(tmp_path) / name / "runs")
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
-    cells = [c for c in nbformat.read(ROOT / "notebooks" / "02_data_budget.ipynb", 4).cells if c.cell_type == "code"]
-    namespace = {}
-    for cell in cells:
-        if "bundle" not in cell.source:
-            exec(cell.source, namespace)
-        if "parameters" in cell.metadata.get("tags", []):
-            namespace |= {"preset": name, "results_dir": str(tmp_path), "train_missing": False}
-    planned = study.sweep_plan(PRESETS[name], RESULTS)
-    table = study.sweep_table(results.read_records(RESULTS, name, planned.ids), PRESETS[name])
-    results.write_table(table, tmp_path / name / "tables" / "lr_sweep.csv")
+    for notebook in ("02_data_budget", "07_learning_rates"):
+        namespace = {}
+        for cell in nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", 4).cells:
+            if cell.cell_type == "code" and "bundle" not in cell.source:
+                exec(cell.source, namespace)
+            if "parameters" in cell.metadata.get("tags", []):
+                namespace |= {"preset": name, "results_dir": str(tmp_path), "train_missing": False}
+    assert namespace["chosen"] == PRESETS[name].learning_rate, "the preset holds what the committed sweep chose"
     stored, again = ({p.relative_to(root / name) for p in (root / name).rglob("*") if p.is_file() and "notebooks" not in p.parts}
                      for root in (RESULTS, tmp_path))
     assert stored == again
     compared = [p for p in stored if p.suffix in (".csv", ".json")]  # pictures depend on the fonts that a machine has
-    assert len([p for p in compared if p.parts[0] == "figures"]) == 3
+    assert len([p for p in compared if p.parts[0] == "figures"]) == 4
     for path in compared:
         assert (tmp_path / name / path).read_bytes() == (RESULTS / name / path).read_bytes(), path
 

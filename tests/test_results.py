@@ -1,5 +1,4 @@
 import json
-import math
 import runpy
 
 import pandas as pd
@@ -74,18 +73,6 @@ def test_frames(record):
     skills = results.skill_frame([record])
     assert skills[["skill", "accuracy"]].values.tolist() == [["add", 0.5], ["sort", 0.0]]
     assert results.skill_frame([record], "bits_per_byte").empty
-    items = results.item_frame([record], "accuracy")
-    assert items[["item", "score", "weight"]].values.tolist() == [["a", 1, 1], ["b", 0, 1]], "the unseen suite stays out"
-    bits = results.item_frame([record], "bits_per_byte")
-    assert bits.score.tolist() == pytest.approx([n / math.log(2) for n in (1, 2, 3)]) and bits.weight.tolist() == [3, 5, 7]
-
-
-def test_items_sum_up_to_the_metric(tiny_records):
-    for metric in ("accuracy", "bits_per_byte"):
-        items = results.item_frame(tiny_records, metric).groupby(["method", "budget", "seed"])
-        found = items.score.sum() / items.weight.sum()
-        wanted = results.frame(tiny_records).set_index(["method", "budget", "seed"])[metric]
-        pd.testing.assert_series_equal(found, wanted.sort_index(), check_names=False, rtol=1e-5)
 
 
 def test_environment_names_code_packages_and_machine():

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from kdlib import stats
+from kdlib import results, stats
 from kdlib.presets import METRICS
 
 ACC, BPB = METRICS["accuracy"], METRICS["bits_per_byte"]
@@ -118,20 +118,38 @@ def test_gap_table_has_holm_over_budgets():
     assert (table.ci_low < table.gap).all() and (table.gap < table.ci_high).all()
 
 
+def of_items(scores: dict, skill, size=None, suite=None) -> list[dict]:
+    """Records of one budget, a run each for the ``scores`` of its items by method and seed."""
+    return [{"method": m, "items": {"skill": list(skill), "suite": suite or ["seen"] * len(skill), "correct": list(values),
+                                    "nll": [v * math.log(2) for v in values], "bytes": size}} for (m, _), values in scores.items()]
+
+
 def test_item_interval_averages_seeds_first():
-    rows = [{"method": m, "seed": s, "item": f"q{i}", "score": float((m == "kd" and i < 6) or (m == "sft" and i < 3 and s == 0)),
-             "skill": "add", "weight": 1} for m in ("kd", "sft") for s in (0, 1) for i in range(10)]
-    found = stats.item_interval(pd.DataFrame(rows), ACC)
+    scores = {(m, s): [float((m == "kd" and i < 6) or (m == "sft" and i < 3 and s == 0)) for i in range(10)]
+              for m in ("kd", "sft") for s in (0, 1)}
+    found = stats.item_interval(of_items(scores, ["add"] * 10), ACC)
     by_item = [0.5] * 3 + [1.0] * 3 + [0.0] * 4
     assert found.n == 10 and found.estimate == pytest.approx(np.mean(by_item))
     assert found[1:3] == pytest.approx(stats.paired_interval(by_item)[1:3])
 
 
+def test_item_interval_leaves_the_unseen_suite_out():
+    scores = {("kd", 0): [1, 0, 1, 1], ("sft", 0): [0, 0, 0, 0]}
+    found = stats.item_interval(of_items(scores, ["add", "add", "sort", "sort"], suite=["seen", "seen", "seen", "unseen"]), ACC)
+    assert found.n == 3 and found.estimate == pytest.approx((0.5 + 1) / 2)
+
+
 def test_item_interval_of_bits_is_the_gap_in_bits_per_byte():
-    bits = {"sft": [30.0, 8.0, 100.0], "kd": [24.0, 9.0, 80.0]}
-    rows = [{"method": m, "seed": 0, "item": i, "skill": "all", "score": bits[m][i], "weight": w}
-            for m in bits for i, w in enumerate((10, 4, 26))]
-    assert stats.item_interval(pd.DataFrame(rows), BPB).estimate == pytest.approx((138 - 113) / 40)
+    bits = {("sft", 0): [30.0, 8.0, 100.0], ("kd", 0): [24.0, 9.0, 80.0]}
+    assert stats.item_interval(of_items(bits, ["all"] * 3, [10, 4, 26]), BPB).estimate == pytest.approx((138 - 113) / 40)
+
+
+@pytest.mark.parametrize("metric", [ACC, BPB], ids=["accuracy", "bits"])
+def test_items_sum_up_to_the_metrics_gap(tiny_records, metric):
+    gaps = stats.paired_gaps(results.frame(tiny_records), metric).groupby("budget").gap.mean()
+    for budget, gap in gaps.items():
+        found = stats.item_interval([r for r in tiny_records if r["budget"] == budget], metric)
+        assert found.estimate == pytest.approx(gap, rel=1e-4, abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", [ACC, BPB], ids=["accuracy", "bits"])
@@ -142,15 +160,13 @@ def test_item_intervals_are_as_wide_as_the_bootstraps(metric):
     weight = np.ones(300) if metric is ACC else rng.integers(3, 400, 300).astype(float)
     chance = {"a": 0.9, "b": 0.2, "c": 0.5}
     if metric is ACC:
+        scores = {m: 1.0 * (rng.random(300) < [chance[s] + lift for s in skill]) for m, lift in (("kd", 0.1), ("sft", 0.0))}
         size = np.array([300 / 3 / (skill == s).sum() for s in skill])
-        scores = {m: size * (rng.random(300) < [chance[s] + lift for s in skill]) for m, lift in (("kd", 0.1), ("sft", 0.0))}
     else:
-        scores = {"sft": weight * rng.normal(2.6, 0.4, 300)}
+        scores, size = {"sft": weight * rng.normal(2.6, 0.4, 300)}, 1.0
         scores["kd"] = scores["sft"] - weight * rng.normal(0.2, 0.1, 300)
-    rows = pd.concat([pd.DataFrame({"method": m, "seed": 0, "item": range(300), "skill": skill, "score": scores[m], "weight": weight})
-                      for m in scores])
-    found = stats.item_interval(rows, metric)
-    difference = (scores["kd"] - scores["sft"]) * (1 if metric.higher_is_better else -1)
+    found = stats.item_interval(of_items({(m, 0): v for m, v in scores.items()}, skill, list(weight)), metric)
+    difference = size * (scores["kd"] - scores["sft"]) * (1 if metric.higher_is_better else -1)
     groups = [np.flatnonzero(skill == s) for s in "abc"] if metric is ACC else [np.arange(300)]
     draws = []
     for _ in range(4000):

@@ -104,6 +104,12 @@ def test_a_killed_writer_goes_on_and_the_cache_is_the_same(student, teacher, tok
         torch.testing.assert_close(a, b)
 
 
+def test_a_shard_holds_no_more_numbers_than_arrows_lists(teacher, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "_write", lambda folder, spec, parts: (spec["shard_rows"], len(parts) - 1))
+    rows = [{"id": i, "input_ids": [1] * 40_000, "labels": [1] * 40_000} for i in range(20)]
+    assert [write_cache(tmp_path, teacher, tokenizer, rows, form="sampled", k=k) for k in (50, 6000, 65_536)] == [(1000, 1), (8, 3), (1, 20)]
+
+
 def test_every_mismatch_is_refused_with_its_reason(student, teacher, tokenizer, examples, tmp_path):
     made = cache(tmp_path / "c", teacher, tokenizer, examples, k=4)
 

@@ -172,6 +172,15 @@ def test_rows_are_packed_by_default_and_only_where_they_stay_apart(student, teac
         learner.train()
 
 
+def test_an_evaluations_loss_is_the_mean_over_tokens_however_it_is_batched(student, teacher, rows, tmp_path, tokenizer):
+    held = sorted((rows[i] for i in range(13)), key=lambda r: len(r["labels"]))
+    found = [made(student, held, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), per_device_eval_batch_size=size).evaluate(held)["eval_loss"]
+             for size in (3, 13)]
+    batch = batch_of(held, 13)
+    whole = loss_of(student, batch, tmp_path, num_items=int((batch["labels"] != -100).sum()), source=Live(teacher, tokenizer), alpha=1.0)
+    assert found == pytest.approx([whole.item()] * 2, rel=1e-5)
+
+
 def test_an_evaluation_holds_no_logits_unless_metrics_want_them_whole(student, teacher, rows, tmp_path, tokenizer, monkeypatch):
     batches, seen = [rows[i] for i in range(16)], []
     learner = made(student, batches, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), per_device_eval_batch_size=16)
