@@ -92,6 +92,7 @@ def write(folder: str, engine: str, name: str, steps: int) -> None:
 
 
 def main(engine: str, name: str, count: str = "") -> dict:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import TrainerCallback
 
@@ -114,9 +115,6 @@ def main(engine: str, name: str, count: str = "") -> dict:
 
     student = model(size["student"], tokenizer, 1)
     teacher = model(size["teacher"], tokenizer, 2) if engine in ("trl", "live") else None
-    for counted in (student, teacher) if count else ():
-        if counted is not None:
-            counted.set_attn_implementation("eager")
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": size["rows"], "learning_rate": 1e-4,
                   "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "seed": 0,
@@ -148,7 +146,7 @@ def main(engine: str, name: str, count: str = "") -> dict:
                 processing_class=tokenizer, objective=losses.Objective(alpha=0.0 if engine == "sft" else 1.0))
         made.add_callback(Clock)
         if count:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 made.train()
             return {"engine": engine, "size": name, "flop": counter.get_total_flops() / steps}
         loss = made.train().training_loss
