@@ -1,4 +1,4 @@
-"""Fifteen defects that distillation systems have shipped, each through the trainer: a test is named for what it prevents."""
+"""Fifteen defects that distillation systems have shipped, through the trainer where it has a part: a test is named for what it prevents."""
 
 import copy
 
