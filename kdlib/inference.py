@@ -1,6 +1,6 @@
 """What a causal LM says: its hidden states or logits at chosen positions only, and its own answers."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
@@ -18,11 +18,8 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
     """SDPA; where integers (1, 1, 1, rows) stand for the mask, causal within each of so many tokens of query, key and value."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths, window, parts = attention_mask.flatten().tolist(), kwargs.get("sliding_window"), []
-    for length, *row in zip(lengths, *(x.split(lengths, 2) for x in (query, key, value))):
-        narrow = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window) if window and window < length else None
-        parts.append(sdpa_attention_forward(module, *row, narrow, **kwargs)[0])
-    return torch.cat(parts, 1), None
+    rows = zip(*(x.split(attention_mask.flatten().tolist(), 2) for x in (query, key, value)))
+    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
 
 AttentionInterface.register(ROWS, _rows_attention)
@@ -99,7 +96,7 @@ def _after_attention(model) -> tuple:
     """The last layer's dense feed-forward part and the final norm in the layout of Llama; Nones elsewhere and if done twice."""
     decoder = model.get_decoder()
     layer, norm = (getattr(decoder, "layers", None) or [None])[-1], getattr(decoder, "norm", None)
-    dense = getattr(layer, "mlp", None)
+    dense = getattr(layer, "_modules", {}).get("mlp")  # not through a wrapper that computes it twice
     known = norm is not None and type(dense).__name__.endswith("MLP") and not getattr(layer, "gradient_checkpointing", False)
     return (dense, norm) if known else (None, None)
 
@@ -142,16 +139,21 @@ def linear_head(model) -> dict | None:
 
 
 def keeps_rows_apart(model) -> bool:
-    """Whether rows that share a sequence do not read each other, as packing needs; an attention by SDPA is taught to, for good."""
-    if model.config._attn_implementation == "sdpa":
+    """Whether rows that share a sequence do not read each other, to the bit, as packing needs; if so, its SDPA is taught to, for good."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config._attn_implementation == "sdpa" and not any(getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")):
         model.set_attn_implementation(ROWS)
-    with _few_tokens(model) as inputs:
-        row = inputs["input_ids"]
-        alone = model(input_ids=row, use_cache=False).logits[:, 1:]
-        pair, marks = torch.cat([row.flip(1), row], 1).repeat(2, 1), torch.arange(4, device=row.device).repeat(2, 2)
-        batches = {"input_ids": pair, "position_ids": marks}, {"input_ids": pair[:1], "position_ids": marks[:1], "rows": torch.tensor([4, 4])}
-        return model.config._attn_implementation == ROWS and all(
-            _close(alone.expand_as(found), found) for found in (model(**taken(b)).logits[:, 5:] for b in batches))
+    same = [model.config._attn_implementation == ROWS]
+    with _few_tokens(model) as inputs, suppress(TypeError, ValueError, RuntimeError, IndexError):
+        row = (config.vocab_size - 1 - inputs["input_ids"]).clamp(min=0)  # the first ids are special, and padding may be nothing
+        alone, marks = model(input_ids=row, use_cache=False).logits, torch.arange(4, device=row.device).repeat(2, 2)
+        for told in ({"position_ids": marks}, {"position_ids": marks[:1], "rows": torch.tensor([4, 4])}):
+            first, other = (model(**taken({"input_ids": torch.cat([before, row], 1).expand(len(told["position_ids"]), -1), **told})).logits[:, 4:]
+                            for before in (row, row.flip(1)))
+            same.append(torch.equal(first, other) and _close(alone.expand_as(first), first))
+    if not (apart := len(same) == 3 and all(same)) and model.config._attn_implementation == ROWS:
+        model.set_attn_implementation("sdpa")
+    return apart
 
 
 @torch.no_grad()

@@ -109,7 +109,9 @@ def divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind:
     Both inputs have shape (N, V); −inf marks a token that cannot come. The kinds are those of :class:`Objective`. No T² here, and
     no gradient to the teacher. Raises ValueError if shapes differ or a setting is not allowed.
     """
-    _check_shapes(student_logits, teacher_logits)
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
+                         "differ in shape; both must be (rows, vocabulary) over the same vocabulary.")
     return _divergence(_wide(student_logits), teacher_logits, Objective(1.0, kind, beta, skew, temperature))
 
 
@@ -124,10 +126,8 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
     objective = Objective(**settings).with_teacher(teacher)
     logits = _wide(student_logits[:, :vocabulary])
     teacher = teacher.logits if isinstance(teacher, Hidden) else teacher
-    _check_rows(logits, targets, teacher)
-    if isinstance(teacher, torch.Tensor):
-        teacher = teacher[:, :vocabulary]
-        _check_shapes(logits, teacher)
+    teacher = teacher[:, :vocabulary] if torch.is_tensor(teacher) else teacher
+    _check(logits, logits.shape[1], targets, teacher)
     return _row_losses(logits, targets, teacher, objective).sum() / torch.as_tensor(num_items, device=logits.device).clamp(min=1)
 
 
@@ -137,17 +137,13 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, never holding more than ``chunk_size`` rows of logits.
 
     Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the
-    weight's in place, so memory grows with the chunk and not with N × V. By default a chunk has four million
-    logits on a processor.
+    weight's in place, so memory grows with the chunk, by default four million logits on a processor, and not with N × V.
     """
     objective = Objective(**settings).with_teacher(teacher)
     head = head.narrow(vocabulary)
     if isinstance(teacher, (Hidden, torch.Tensor)):
         teacher = teacher[:, :vocabulary] if torch.is_tensor(teacher) else teacher._replace(head=teacher.head.narrow(vocabulary))
-    _check_rows(hidden, targets, teacher)
-    width = teacher.head.weight.shape[0] if isinstance(teacher, Hidden) else getattr(teacher, "shape", (0, 0))[-1]
-    if width and width != head.weight.shape[0]:
-        raise ValueError(f"The student's head has {head.weight.shape[0]} tokens and the teacher's {width}; give the common vocabulary.")
+    _check(hidden, len(head.weight), targets, teacher)
     where = hidden.device.type
     chunk = chunk_size or max(1, CHUNK_ELEMENTS.get(where, 2**27) // head.weight.shape[0])
     if torch.is_autocast_enabled(where):  # once here, since nothing inside the chunks may change its type
@@ -159,16 +155,13 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
         return _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, chunk, share)
 
 
-def _check_shapes(student_logits, teacher_logits) -> None:
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
-                         "differ in shape; both must be (rows, vocabulary) over the same vocabulary.")
-
-
-def _check_rows(rows, targets, teacher) -> None:
+def _check(rows, width: int, targets, teacher) -> None:
     given = [len(targets), *([] if teacher is None else [len(teacher if torch.is_tensor(teacher) else teacher[0])])]
     if set(given) != {len(rows)}:
         raise ValueError(f"The student has {len(rows)} rows, targets and teacher {' and '.join(map(str, given))}; each needs one a token.")
+    theirs = len(teacher.head.weight) if isinstance(teacher, Hidden) else teacher.shape[1] if torch.is_tensor(teacher) else width
+    if theirs != width:
+        raise ValueError(f"The student's head has {width} tokens and the teacher's {theirs}; give the common vocabulary.")
 
 
 def _row_losses(z, targets, teacher, o: Objective) -> torch.Tensor:
@@ -231,16 +224,17 @@ def _by_hand(z, targets, teacher, o: Objective) -> tuple[torch.Tensor, torch.Ten
     if soft and (dense and o.divergence != "forward_kl" or o.alpha < 1 and at != 1):
         return None
     log_q = torch.log_softmax(z if at == 1 else z.div_(at), -1, out=z)
-    said, loss = log_q.gather(1, targets[:, None]), 0.0
+    said, loss = log_q.gather(1, targets[:, None]) if o.alpha < 1 else None, 0.0
     if soft and dense:
         log_p = F.log_softmax(_wide(teacher) if at == 1 else _wide(teacher) / at, -1)
-        apart = log_p - log_q
-        loss = o.alpha * apart.mul_(log_p.exp_()).sum(-1).sum()
+        loss = o.alpha * (log_p - log_q).mul_(log_p.exp_()).sum(-1).sum()
         slope = log_q.exp_().sub_(log_p, alpha=o.alpha)
     elif soft:
         near = log_q.gather(1, teacher.ids)
         slope = log_q.exp_().scatter_(1, teacher.ids, 0)
         rest = slope.sum(-1).log()
+        if ((rest < -80) & (teacher.log_tail > rest)).any():  # too little to have digits
+            return None
         with torch.enable_grad():
             loss = o.alpha * _of_few(near.requires_grad_(), rest.requires_grad_(), teacher, o).sum()
         by_near, by_rest = torch.autograd.grad(loss, (near, rest))
@@ -258,10 +252,9 @@ def _by_hand(z, targets, teacher, o: Objective) -> tuple[torch.Tensor, torch.Ten
 
 def _loss_and_slope(head: Head, hidden, targets, teacher, rows: slice, o: Objective, wanted: bool) -> tuple:
     """The summed loss of the chunk ``rows`` and, if ``wanted``, its slope by what :meth:`Head.linear` gives."""
-    if head.softcap is None and (made := _by_hand(head.shape(head.linear(hidden[rows])), targets[rows], _part(teacher, rows), o)):
-        loss, slope = made
-        if loss.isfinite():  # it is not where a token cannot come
-            return loss, (slope if head.scale == 1 else slope.mul_(head.scale)).to(hidden.dtype)
+    made = _by_hand(head.shape(head.linear(hidden[rows])), targets[rows], _part(teacher, rows), o) if head.softcap is None else None
+    if made and made[0].isfinite():  # it is not where a token cannot come
+        return made[0], (made[1] if head.scale == 1 else made[1].mul_(head.scale)).to(hidden.dtype)
     linear = head.linear(hidden[rows]).requires_grad_(wanted)
     with torch.set_grad_enabled(wanted):
         loss = _row_losses(head.shape(linear), targets[rows], _part(teacher, rows), o).sum()
@@ -274,12 +267,10 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, targets, teacher, objective, chunk, share):
         grad_hidden = torch.empty_like(hidden) if (wanted := any(ctx.needs_input_grad[:3])) else None
-        wide = _wide(hidden[:0]).dtype
         wide = _wide(weight[:0]).dtype
         fresh = torch.empty_like if len(hidden) and wide == hidden.dtype else torch.zeros_like
         grad_weight = fresh(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        part = None if grad_weight is None or wide == hidden.dtype else torch.empty_like(weight, dtype=hidden.dtype)
         head, total = head._replace(weight=weight.to(hidden.dtype)), _wide(hidden[:0]).new_zeros(())
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -289,12 +280,13 @@ class _Chunked(torch.autograd.Function):
                 continue
             if grad_bias is not None:
                 grad_bias.add_(slope.sum(0, dtype=grad_bias.dtype), alpha=share)
-            torch.mm(slope, head.weight, out=grad_hidden[rows]).mul_(share)
-            if part is not None:
-                grad_weight.add_(torch.mm(slope.T, hidden[rows], out=part), alpha=share)
-            elif grad_weight is not None:
+            torch.mm(slope, head.weight, out=grad_hidden[rows])
+            if grad_weight is not None and wide == hidden.dtype:
                 torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight, beta=int(start > 0), alpha=share)
+            elif grad_weight is not None:
+                grad_weight.add_(slope.T @ hidden[rows], alpha=share)
         ctx.made = [(g, like.dtype) for g, like in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)) if like is not None]
+        ctx.share = share  # of hidden states' gradient only now, when a half-precision loss is scaled up
         return total * share
 
     @staticmethod
@@ -303,5 +295,6 @@ class _Chunked(torch.autograd.Function):
         made, ctx.made = ctx.made, None  # scaled in place, so they serve one backward pass
         if made is None:
             raise RuntimeError("The chunked loss can be differentiated once; compute it anew for another backward pass.")
-        gradients = [None if g is None else (g if grad == 1 else g.mul_(grad)).to(dtype) for g, dtype in made]
+        factors = (grad * ctx.share, grad, grad)
+        gradients = [None if g is None else (g if f == 1 else g.mul_(f)).to(dtype) for (g, dtype), f in zip(made, factors)]
         return (*gradients, *[None] * (9 - len(gradients)))

@@ -199,6 +199,7 @@ class Cached:
             raise ValueError(f"The cache in {folder} is unfinished; write it again and it goes on where it stopped.")
         if self.spec["form"] == "hidden":
             self.head = load_file(store.check_files(self.folder / "head") / "head.safetensors")
+        store.check_files(self.folder / "vocabulary")
         self.shards, self.place, size, tokens = [], {}, 0, 0
         k = self.spec.get("k")
         self.widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "ids": k, "log_probs": k, "entropy": 1, "log_tail": 1}
@@ -222,7 +223,7 @@ class Cached:
         widths = spec["vocabulary"], student.get_output_embeddings().weight.shape[0]
         for part, value in _identity(tokenizer).items():
             if value != spec[part]:
-                tokens = (store.check_files(self.folder / "vocabulary") / "vocabulary.json").read_text(encoding="utf-8")
+                tokens = (self.folder / "vocabulary" / "vocabulary.json").read_text(encoding="utf-8")
                 models.common_vocabulary(tokenizer, SimpleNamespace(get_vocab=lambda: json.loads(tokens)), *widths)
                 raise ValueError(f"T{where[1:]} was made with another {part}; write it anew.")
         if widths[1] < widths[0]:

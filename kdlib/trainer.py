@@ -40,9 +40,9 @@ class DistillationTrainer(Trainer):
                              f"n_gpu={self.args.n_gpu} do not go with this loss; allowed: 0, None, and one device a process (torchrun).")
         if type(self.data_collator) is DataCollatorWithPadding:  # the Trainer's default, which pads no labels
             self.data_collator = Collator(self.processing_class.pad_token_id, pack=True)
-        alone = lmbda or self.compute_metrics  # which take batches apart row by row
         readers = [self.model, *([teacher.model] if isinstance(teacher, Live) and objective.alpha > 0 else [])]
-        if getattr(self.data_collator, "pack", False) and (alone or not all(map(inference.keeps_rows_apart, readers))):
+        if getattr(self.data_collator, "pack", False) and (  # the first two take batches apart row by row
+                lmbda or self.compute_metrics or not all(map(inference.keeps_rows_apart, readers))):
             self.data_collator = replace(self.data_collator, pack=False)
         self.model_accepts_loss_kwargs = True  # whatever the model, the step's response tokens are counted
         self.lmbda, self.max_new_tokens = lmbda, max_new_tokens
@@ -98,20 +98,24 @@ class DistillationTrainer(Trainer):
         scaled = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss * self.accelerator.num_processes if scaled else loss
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The response tokens of an optimizer step on all devices, those that :meth:`compute_loss` finds."""
+        count = sum(inference.response_rows(batch)[0].sum() for batch in batch_samples).to(device)
+        return self.accelerator.gather(count).sum() if self.args.average_tokens_across_devices else count
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One batch of an evaluation; the loss alone where nobody asks for logits, so that they are never held whole."""
+        if not prediction_loss_only and "position_ids" in inputs:
+            raise ValueError("Predictions need one conversation a row; allowed: a collator that does not pack.")
         inputs = self._prepare_inputs(inputs)
-        if prediction_loss_only:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                found = self.compute_loss(model, inputs), None, None
-        else:
-            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, out = (self.compute_loss(model, inputs), {}) if prediction_loss_only else self.compute_loss(model, inputs, True)
         count = len(inference.response_rows(inputs)[1])
-        self.tally += torch.stack([found[0] * count, torch.full_like(found[0], count)]).double()
-        return found
+        self.tally += torch.stack([loss * count, torch.full_like(loss, count)]).double()
+        return loss, out.get("logits"), inputs["labels"] if out else None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """The Trainer's, with the loss's mean over response tokens, as in training, where its own is over batches."""
+        """The Trainer's, but its loss is a mean over response tokens. Rows that several devices repeat, to have as many, count again."""
         self.tally = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         out = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.accelerator.reduce(self.tally).tolist()

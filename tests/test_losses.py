@@ -248,6 +248,29 @@ def test_the_slope_made_by_hand_is_the_plain_ones(kind, beta, alpha, temperature
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("gap", [80.0, 92.0, 96.0, 100.0, 103.0, 110.0])
+def test_what_a_very_sure_student_leaves_keeps_its_slope(gap):
+    s = torch.zeros(2, 8)
+    s[:, 0] = gap
+    sparse = Sparse(torch.tensor([[0, 1]] * 2), torch.tensor([[0.6, 0.3]] * 2).log(), torch.tensor([0.1] * 2).log())
+    wanted = torch.tensor([1 - 0.6, -0.3, *[-0.1 / 6] * 6]).expand(2, 8)
+    x = s.requires_grad_()
+    loss = with_head(x, torch.zeros(2, dtype=torch.long), sparse, num_items=1)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], wanted, rtol=1e-3, atol=1e-4)
+    assert loss.item() == pytest.approx(2 * (0.4 * gap + sum(p * math.log(p) for p in (0.6, 0.3)) + 0.1 * math.log(0.1 / 6)), rel=1e-4)
+
+
+def test_half_precision_slopes_survive_where_the_loss_is_scaled_up():
+    student, make, teacher, y = models()
+    found = []
+    for dtype in (torch.float64, torch.float16):
+        hidden, head = student[0].detach().to(dtype).requires_grad_(), Head(student[1].detach().to(dtype))
+        loss = linear_distillation_loss(hidden, head, y, Hidden(teacher.states.to(dtype), Head(teacher.head.weight.to(dtype))), num_items=10**6)
+        (loss * 2**16).backward()
+        found.append(hidden.grad.double())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.02 * float(found[0].abs().max()))
+
+
 def test_only_the_usual_objectives_are_made_by_hand(monkeypatch):
     s, t, y, seen = logits(6, 9, 1), logits(6, 9, 2), torch.arange(6), []
     monkeypatch.setattr(losses, "_row_losses", lambda *_: seen.append(1) or torch.zeros(4, requires_grad=True))

@@ -134,7 +134,7 @@ def test_every_mismatch_is_refused_with_its_reason(student, teacher, tokenizer, 
         cache(tmp_path / "c", student, tokenizer, examples, k=4)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "vocabulary"])
 def test_a_damaged_cache_is_refused(teacher, tokenizer, examples, tmp_path, damage):
     folder = write_cache(tmp_path / "c", teacher, tokenizer, examples, k=4, shard_rows=20)
     path = next((folder / "shard-00001").glob("*.arrow"))
@@ -144,9 +144,12 @@ def test_a_damaged_cache_is_refused(teacher, tokenizer, examples, tmp_path, dama
         path.write_bytes(content)
     elif damage == "truncate":
         path.write_bytes(content[:-100])
+    elif damage == "vocabulary":
+        path = folder / "vocabulary" / "vocabulary.json"
+        path.write_text(path.read_text().replace("6", "7", 1))
     else:
         (folder / "spec.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged: data-00000-of-00001.arrow" if damage != "manifest" else "no readable spec.json"):
+    with pytest.raises(ValueError, match="no readable spec.json" if damage == "manifest" else f"is damaged: {path.name}"):
         Cached(folder)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from kdlib import data, inference, models, trainer
 from kdlib.inference import response_logits, response_rows
@@ -170,6 +170,25 @@ def test_rows_are_packed_by_default_and_only_where_they_stay_apart(student, teac
                                               teacher=Live(teacher, tokenizer), objective=Objective(), max_new_tokens=2)
         assert learner.data_collator.pack == (apart and not lmbda)
         learner.train()
+
+
+def test_packed_batches_give_no_predictions(student, rows, tmp_path, tokenizer):
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    held = [rows[i] for i in range(9)]
+    with pytest.raises(ValueError, match="Predictions need one conversation a row; allowed: a collator that does not pack"):
+        trainer.DistillationTrainer(model=student, args=args, processing_class=tokenizer).predict(held)
+    made = trainer.DistillationTrainer(model=student, args=args, processing_class=tokenizer, data_collator=data.Collator(0))
+    assert len(made.predict(held).predictions) == 9
+
+
+def test_the_step_counts_the_tokens_that_its_loss_sums(tokenizer, tmp_path, rows):
+    """Also for a model whose name does not tell the Trainer that its loss shifts labels, and where a first token has a label."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None))
+    whole = [{"input_ids": rows[i]["input_ids"], "labels": rows[i]["input_ids"]} for i in range(8)]
+    learner = made(model, whole, tmp_path, tokenizer)
+    learner.data_collator = usual(tokenizer)
+    batches, count = learner.get_batch_samples(iter(learner.get_train_dataloader()), 1, learner.args.device)
+    assert count == len(inference.response_rows(batches[0])[1]) <= sum(len(r["input_ids"]) for r in whole) - 1
 
 
 def test_an_evaluations_loss_is_the_mean_over_tokens_however_it_is_batched(student, teacher, rows, tmp_path, tokenizer):
