@@ -349,21 +349,26 @@ def test_packed_batches_and_on_policy_answers_do_not_mix(student, teacher, rows,
         learner.own_answers(data.Collator(0, pack=True)([rows[i] for i in range(16)]))
 
 
-def by_torchrun(mode, folder):
-    """What ``two_processes.py`` wrote in one process, and in two."""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node={}", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes={}", "--num_machines=1", "--mixed_precision=no",
+                   "--dynamo_backend=no", "--main_process_port=0"]}
+
+
+def by_torchrun(mode, folder, launcher="torchrun"):
+    """What ``two_processes.py`` wrote in one process, and in two, which ``launcher`` starts."""
     script = Path(__file__).with_name("two_processes.py")
-    for processes in (1, 2):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
-                               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), mode, str(folder / str(processes))],
-                              capture_output=True, text=True, timeout=300)
+    for processes, starter in ((1, "torchrun"), (2, launcher)):
+        done = subprocess.run([sys.executable, "-m", *(word.format(processes) for word in LAUNCHERS[starter]), str(script), mode,
+                               str(folder / str(processes))], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
     return [load_file(folder / name) for name in ("1", "2")]
 
 
-@pytest.mark.parametrize("mode", ["trained", "own"])
-def test_two_processes_train_as_one(tmp_path, mode):
+@pytest.mark.parametrize("mode, launcher", [("trained", "torchrun"), ("own", "torchrun"), ("trained", "accelerate")])
+def test_two_processes_train_as_one(tmp_path, mode, launcher):
     """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
-    one, two = by_torchrun(mode, tmp_path)
+    one, two = by_torchrun(mode, tmp_path, launcher)
     moved = distance(one, load_file(tmp_path / "1.start"))
     assert moved > 1e-3 and distance(one, two) < (1e-6 if mode == "trained" else 1e-5 * moved)
 
