@@ -66,16 +66,17 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, method: str = "kd", baselin
 def item_interval(records: list[dict], metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
     """The gap of one budget's ``records`` with test items as the unit: how far other items, not other training runs, could move it."""
     column, scale = ("correct", 1.0) if metric.name == "accuracy" else ("nll", 1 / np.log(2))
-    above, below = (np.mean([r["items"][column] for r in records if r["method"] == m], axis=0) for m in (method, baseline))
-    first = records[0]["items"]
-    item = pd.DataFrame({"gap": (above - below) * scale * (1 if metric.higher_is_better else -1), "weight": 1, "skill": first["skill"]})
+    above, below = (pd.DataFrame([dict(zip(r["items"]["id"], r["items"][column])) for r in records if r["method"] == m]).mean()
+                    for m in (method, baseline))  # over seeds, item by item
+    first = pd.DataFrame({k: records[0]["items"][k] for k in ("skill", "suite", "bytes")}, index=records[0]["items"]["id"])
+    item = first.assign(gap=(above - below) * scale * (1 if metric.higher_is_better else -1), weight=1)
     if metric.name == "accuracy":  # a mean over skills of the seen suite, so items vary about their skill's mean
-        item = item[[s == "seen" for s in first["suite"]]]
+        item = item[item.suite == "seen"]
         by_skill = item.groupby("skill").gap
-        item["gap"] *= (share := len(item) / by_skill.ngroups / by_skill.transform("size"))
-        residual, strata = item.gap - share * by_skill.transform("mean"), by_skill.ngroups
+        share, mean = len(item) / by_skill.ngroups / by_skill.transform("size"), by_skill.transform("mean")
+        item, residual, strata = item.assign(gap=share * item.gap), share * (item.gap - mean), by_skill.ngroups
     else:  # a ratio of sums, so about the ratio times their bytes (the delta method: Cochran 1977, sections 5.3 and 6.3)
-        item["weight"] = first["bytes"]
+        item = item.assign(weight=item.bytes)
         residual, strata = item.gap - item.gap.sum() / item.weight.sum() * item.weight, 1
     n, estimate = len(item), float(item.gap.sum() / item.weight.sum())
     error = float(np.sqrt(n * (residual**2).sum() / (n - strata)) / item.weight.sum())

@@ -100,7 +100,7 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The response tokens of an optimizer step on all devices, those that :meth:`compute_loss` finds."""
-        count = sum(inference.response_rows(batch)[0].sum() for batch in batch_samples).to(device)
+        count = sum((inference.response_rows(batch)[0].sum() for batch in batch_samples), torch.tensor(0)).to(device)
         return self.accelerator.gather(count).sum() if self.args.average_tokens_across_devices else count
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -120,8 +120,8 @@ def test_gap_table_has_holm_over_budgets():
 
 def of_items(scores: dict, skill, size=None, suite=None) -> list[dict]:
     """Records of one budget, a run each for the ``scores`` of its items by method and seed."""
-    return [{"method": m, "items": {"skill": list(skill), "suite": suite or ["seen"] * len(skill), "correct": list(values),
-                                    "nll": [v * math.log(2) for v in values], "bytes": size}} for (m, _), values in scores.items()]
+    return [{"method": m, "items": {"id": list(range(len(skill))), "skill": list(skill), "suite": suite or ["seen"] * len(skill), "correct": list(values),
+                                    "nll": [v * math.log(2) for v in values], "bytes": size or [1] * len(skill)}} for (m, _), values in scores.items()]
 
 
 def test_item_interval_averages_seeds_first():
@@ -131,6 +131,13 @@ def test_item_interval_averages_seeds_first():
     by_item = [0.5] * 3 + [1.0] * 3 + [0.0] * 4
     assert found.n == 10 and found.estimate == pytest.approx(np.mean(by_item))
     assert found[1:3] == pytest.approx(stats.paired_interval(by_item)[1:3])
+
+
+def test_item_interval_pairs_items_by_name_whatever_their_order():
+    scores = {("kd", 0): [1, 0, 1, 1, 0, 1], ("sft", 0): [0, 0, 1, 1, 0, 0]}
+    records = of_items(scores, ["add"] * 3 + ["sort"] * 3)
+    other = [records[0], {**records[1], "items": {k: v[::-1] for k, v in records[1]["items"].items()}}]
+    assert stats.item_interval(other, ACC) == stats.item_interval(records, ACC)
 
 
 def test_item_interval_leaves_the_unseen_suite_out():

@@ -189,6 +189,7 @@ def test_the_step_counts_the_tokens_that_its_loss_sums(tokenizer, tmp_path, rows
     learner.data_collator = usual(tokenizer)
     batches, count = learner.get_batch_samples(iter(learner.get_train_dataloader()), 1, learner.args.device)
     assert count == len(inference.response_rows(batches[0])[1]) <= sum(len(r["input_ids"]) for r in whole) - 1
+    assert learner.get_batch_samples(iter([]), 1, learner.args.device) == ([], 0), "where data end without saying so before"
 
 
 def test_an_evaluations_loss_is_the_mean_over_tokens_however_it_is_batched(student, teacher, rows, tmp_path, tokenizer):
@@ -355,7 +356,7 @@ LAUNCHERS = {
                    "--dynamo_backend=no", "--main_process_port=0"]}
 
 
-def by_torchrun(mode, folder, launcher="torchrun"):
+def in_one_and_two(mode, folder, launcher="torchrun"):
     """What ``two_processes.py`` wrote in one process, and in two, which ``launcher`` starts."""
     script = Path(__file__).with_name("two_processes.py")
     for processes, starter in ((1, "torchrun"), (2, launcher)):
@@ -368,13 +369,13 @@ def by_torchrun(mode, folder, launcher="torchrun"):
 @pytest.mark.parametrize("mode, launcher", [("trained", "torchrun"), ("own", "torchrun"), ("trained", "accelerate")])
 def test_two_processes_train_as_one(tmp_path, mode, launcher):
     """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
-    one, two = by_torchrun(mode, tmp_path, launcher)
+    one, two = in_one_and_two(mode, tmp_path, launcher)
     moved = distance(one, load_file(tmp_path / "1.start"))
     assert moved > 1e-3 and distance(one, two) < (1e-6 if mode == "trained" else 1e-5 * moved)
 
 
 def test_a_student_in_shards_has_the_gradient_of_a_whole_one(tmp_path):
-    one, two = by_torchrun("sharded", tmp_path)
+    one, two = in_one_and_two("sharded", tmp_path)
     assert one.keys() == two.keys() and max(g.abs().max() for g in one.values()) > 1e-2 and distance(one, two) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Distillation in processes that torchrun starts: ``two_processes.py trained|own|sharded FILE``.
+"""Distillation in processes that torchrun or accelerate starts: ``two_processes.py trained|own|sharded FILE``.
 
 ``trained`` writes the weights after three steps, ``own`` the same on the answers of a student that is sure of its words, so that
 samples are the same everywhere, ``sharded`` the gradient of one batch with a student in FSDP2 shards.
