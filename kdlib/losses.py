@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from kdlib.presets import KINDS, check
 
-CHUNK_ELEMENTS = {"cpu": 2**22}  # logits held at once by default; elsewhere 2**27, since wide products are what keeps a GPU busy
+CHUNK_ELEMENTS = {"cpu": 3 * 2**21}  # logits held at once by default; elsewhere 2**27, since wide products are what keeps a GPU busy
+BLOCK_ELEMENTS = {"cpu": 2**18}  # of them taken through all passes at once, which stay in a processor's cache; elsewhere all
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -90,6 +91,8 @@ class Head(NamedTuple):
 
     def narrow(self, vocabulary: int | None) -> "Head":
         """The head of the first ``vocabulary`` tokens (None: all)."""
+        if vocabulary in (None, len(self.weight)):  # a slice of all would copy its gradient
+            return self
         return self._replace(weight=self.weight[:vocabulary], bias=None if self.bias is None else self.bias[:vocabulary])
 
 
@@ -137,7 +140,7 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
     """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, never holding more than ``chunk_size`` rows of logits.
 
     Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the
-    weight's in place, so memory grows with the chunk, by default four million logits on a processor, and not with N × V.
+    weight's in place, so memory grows with the chunk, by default six million logits on a processor, and not with N × V.
     """
     objective = Objective(**settings).with_teacher(teacher)
     head = head.narrow(vocabulary)
@@ -145,14 +148,13 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
         teacher = teacher[:, :vocabulary] if torch.is_tensor(teacher) else teacher._replace(head=teacher.head.narrow(vocabulary))
     _check(hidden, len(head.weight), targets, teacher)
     where = hidden.device.type
-    chunk = chunk_size or max(1, CHUNK_ELEMENTS.get(where, 2**27) // head.weight.shape[0])
+    pieces = math.ceil(len(hidden) / (chunk_size or max(1, CHUNK_ELEMENTS.get(where, 2**27) // len(head.weight))))
     if torch.is_autocast_enabled(where):  # once here, since nothing inside the chunks may change its type
         hidden = hidden.to(low := torch.get_autocast_dtype(where))
         if isinstance(teacher, Hidden):
             teacher = Hidden(teacher.states.to(low), teacher.head._replace(weight=teacher.head.weight.to(low)))
     with torch.autocast(where, enabled=False):
-        share = 1 / max(float(num_items), 1)
-        return _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, chunk, share)
+        return _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, pieces, 1 / max(float(num_items), 1))
 
 
 def _check(rows, width: int, targets, teacher) -> None:
@@ -195,13 +197,9 @@ def _between(log_q, log_p, o: Objective) -> torch.Tensor:
         return _kl(q, log_q, log_p)
     if kind == "total_variation":
         return (p - q).abs().sum(-1) / 2
-    share = {"jsd": o.beta, "skew_forward_kl": o.skew, "skew_reverse_kl": 1 - o.skew}[kind]
+    share, by_p = {"jsd": (o.beta, o.beta), "skew_forward_kl": (o.skew, 1), "skew_reverse_kl": (1 - o.skew, 0)}[kind]
     log_mix = (share * p + (1 - share) * q).clamp(min=torch.finfo(q.dtype).tiny).log()
-    if kind == "skew_forward_kl":
-        return _kl(p, log_p, log_mix)
-    if kind == "skew_reverse_kl":
-        return _kl(q, log_q, log_mix)
-    return o.beta * _kl(p, log_p, log_mix) + (1 - o.beta) * _kl(q, log_q, log_mix)
+    return sum(w * _kl(a, log_a, log_mix) for w, a, log_a in ((by_p, p, log_p), (1 - by_p, q, log_q)) if w)
 
 
 def _kl(a, log_a, log_b) -> torch.Tensor:
@@ -215,26 +213,23 @@ def _part(teacher, rows: slice):
     return Sparse(*(x if x is None else x[rows] for x in teacher)) if isinstance(teacher, Sparse) else None if teacher is None else teacher[rows]
 
 
-def _by_hand(z, targets, teacher, o: Objective) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The summed loss of logits ``z`` and its slope, in a few passes over ``z`` and in its memory; None where that is not known.
+def _by_hand(z, targets, teacher, o: Objective) -> torch.Tensor:
+    """The summed loss without T² of logits ``z``, which become its slope by z/T in a few passes; not finite where they cannot.
 
     A slope by log q becomes one by z as d log q_i / dz_j = [i = j] − q_j.
     """
     dense, soft, at = torch.is_tensor(teacher), o.alpha > 0, o.temperature if o.alpha > 0 else 1.0
-    if soft and (dense and o.divergence != "forward_kl" or o.alpha < 1 and at != 1):
-        return None
     log_q = torch.log_softmax(z if at == 1 else z.div_(at), -1, out=z)
     said, loss = log_q.gather(1, targets[:, None]) if o.alpha < 1 else None, 0.0
     if soft and dense:
         log_p = F.log_softmax(_wide(teacher) if at == 1 else _wide(teacher) / at, -1)
-        loss = o.alpha * (log_p - log_q).mul_(log_p.exp_()).sum(-1).sum()
+        loss = o.alpha * (log_p - log_q).mul_(log_p.exp_()).sum()
         slope = log_q.exp_().sub_(log_p, alpha=o.alpha)
     elif soft:
         near = log_q.gather(1, teacher.ids)
         slope = log_q.exp_().scatter_(1, teacher.ids, 0)
         rest = slope.sum(-1).log()
-        if ((rest < -80) & (teacher.log_tail > rest)).any():  # too little to have digits
-            return None
+        rest[(rest < -80) & (teacher.log_tail > rest)] = math.nan  # too little to have digits
         with torch.enable_grad():
             loss = o.alpha * _of_few(near.requires_grad_(), rest.requires_grad_(), teacher, o).sum()
         by_near, by_rest = torch.autograd.grad(loss, (near, rest))
@@ -243,18 +238,22 @@ def _by_hand(z, targets, teacher, o: Objective) -> tuple[torch.Tensor, torch.Ten
         slope.scatter_(1, teacher.ids, near.exp() * by_q).scatter_add_(1, teacher.ids, by_near)
     else:
         slope = log_q.exp_()
-    loss = loss * at**2
     if o.alpha < 1:
         loss -= (1 - o.alpha) * said.sum()
         slope.scatter_add_(1, targets[:, None], torch.full_like(said, o.alpha - 1))
-    return loss, slope if at == 1 else slope.mul_(at)
+    return loss
 
 
 def _loss_and_slope(head: Head, hidden, targets, teacher, rows: slice, o: Objective, wanted: bool) -> tuple:
     """The summed loss of the chunk ``rows`` and, if ``wanted``, its slope by what :meth:`Head.linear` gives."""
-    made = _by_hand(head.shape(head.linear(hidden[rows])), targets[rows], _part(teacher, rows), o) if head.softcap is None else None
-    if made and made[0].isfinite():  # it is not where a token cannot come
-        return made[0], (made[1] if head.scale == 1 else made[1].mul_(head.scale)).to(hidden.dtype)
+    at, dense = o.temperature if o.alpha > 0 else 1.0, o.alpha > 0 and not isinstance(teacher, Sparse)
+    if head.softcap is None and (o.alpha in (0, 1) or at == 1) and not (dense and o.divergence != "forward_kl"):
+        z, said = head.shape(head.linear(hidden[rows])), _part(teacher, rows)
+        size = max(1, BLOCK_ELEMENTS.get(z.device.type, z.numel()) // z.shape[1]) if dense else len(z)
+        blocks = [slice(start, start + size) for start in range(0, len(z), size)]
+        loss = sum(_by_hand(z[block], targets[rows][block], _part(said, block), o) for block in blocks) * at**2
+        if loss.isfinite():  # it is not where a token cannot come
+            return loss, (z if at * head.scale == 1 else z.mul_(at * head.scale)).to(hidden.dtype)
     linear = head.linear(hidden[rows]).requires_grad_(wanted)
     with torch.set_grad_enabled(wanted):
         loss = _row_losses(head.shape(linear), targets[rows], _part(teacher, rows), o).sum()
@@ -265,15 +264,15 @@ class _Chunked(torch.autograd.Function):
     """``share`` of the summed loss of all rows; every gradient is ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, targets, teacher, objective, chunk, share):
+    def forward(ctx, hidden, weight, bias, head, targets, teacher, objective, pieces, share):
         grad_hidden = torch.empty_like(hidden) if (wanted := any(ctx.needs_input_grad[:3])) else None
         wide = _wide(weight[:0]).dtype
         fresh = torch.empty_like if len(hidden) and wide == hidden.dtype else torch.zeros_like
         grad_weight = fresh(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         head, total = head._replace(weight=weight.to(hidden.dtype)), _wide(hidden[:0]).new_zeros(())
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        edges = [len(hidden) * i // (pieces or 1) for i in range(pieces + 1)]
+        for rows in map(slice, edges, edges[1:]):
             loss, slope = _loss_and_slope(head, hidden, targets, teacher, rows, objective, wanted)
             total += loss
             if not wanted:
@@ -282,9 +281,10 @@ class _Chunked(torch.autograd.Function):
                 grad_bias.add_(slope.sum(0, dtype=grad_bias.dtype), alpha=share)
             torch.mm(slope, head.weight, out=grad_hidden[rows])
             if grad_weight is not None and wide == hidden.dtype:
-                torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight, beta=int(start > 0), alpha=share)
+                torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight, beta=int(rows.start > 0), alpha=share)
             elif grad_weight is not None:
                 grad_weight.add_(slope.T @ hidden[rows], alpha=share)
+            del slope  # before the next chunk's logits
         ctx.made = [(g, like.dtype) for g, like in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)) if like is not None]
         ctx.share = share  # of hidden states' gradient only now, when a half-precision loss is scaled up
         return total * share

@@ -1,6 +1,7 @@
 """Fifteen defects that distillation systems have shipped, through the trainer where it has a part: a test is named for what it prevents."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_04_chunks_over_the_wrong_axis(learner, rows, monkeypatch):
     made.chunk_size = 7
     made.compute_loss(made.model, batch)
     count = len(response_rows(batch)[1])
-    assert seen == [7] * (count // 7) + [count % 7] * (count % 7 > 0) and count > 14
+    assert sum(seen) == count > 14 and len(seen) == math.ceil(count / 7) and max(seen) <= 7
 
 
 def test_05_a_label_mask_that_is_not_shifted(learner, rows):
