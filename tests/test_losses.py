@@ -227,7 +227,9 @@ FORMS = pytest.mark.parametrize("form", [distillation_loss, with_head], ids=["pl
 
 @pytest.mark.parametrize("alpha, temperature", [(1.0, 1.0), (1.0, 2.0), (0.4, 1.0), (0.4, 2.0), (0.0, 3.0)])
 @pytest.mark.parametrize("kind, beta", SETTINGS)
-def test_the_slope_made_by_hand_is_the_plain_ones(kind, beta, alpha, temperature):
+def test_the_slope_made_by_hand_is_the_plain_ones(kind, beta, alpha, temperature, monkeypatch):
+    """In chunks of up to four rows, which a dense teacher's passes go over two by two."""
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", {"cpu": 2 * 13})
     s, t, y = logits(6, 13, 1, scale=4), logits(6, 13, 2, scale=4), torch.arange(6)
     drawn = torch.multinomial(F.softmax(t, -1), 20, replacement=True, generator=torch.Generator().manual_seed(0))
     sampled = Sparse(drawn, torch.full(drawn.shape, -math.log(20), dtype=t.dtype), torch.full((6,), -math.inf, dtype=t.dtype), s[:, 0])
@@ -258,6 +260,24 @@ def test_what_a_very_sure_student_leaves_keeps_its_slope(gap):
     loss = with_head(x, torch.zeros(2, dtype=torch.long), sparse, num_items=1)
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], wanted, rtol=1e-3, atol=1e-4)
     assert loss.item() == pytest.approx(2 * (0.4 * gap + sum(p * math.log(p) for p in (0.6, 0.3)) + 0.1 * math.log(0.1 / 6)), rel=1e-4)
+
+
+@pytest.mark.parametrize("rows, chunk, sizes", [(10, 4, [3, 3, 4]), (8, 4, [4, 4]), (3, 100, [3]), (10, None, [5, 5])])
+def test_chunks_are_even_and_never_larger_than_asked(rows, chunk, sizes, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 6 * 13})
+    seen, real = [], losses._loss_and_slope
+    monkeypatch.setattr(losses, "_loss_and_slope", lambda head, hidden, y, t, at, *rest: seen.append(at.stop - at.start) or real(head, hidden, y, t, at, *rest))
+    x = logits(rows, 13, 1)
+    linear_distillation_loss(x, Head(torch.eye(13, dtype=x.dtype)), torch.zeros(rows, dtype=torch.long), x, alpha=1.0, num_items=1, chunk_size=chunk)
+    assert seen == sizes
+
+
+def test_a_head_that_is_whole_is_not_sliced():
+    """The gradient of a slice is a copy of all of it."""
+    head = Head(torch.zeros(7, 3, requires_grad=True), torch.zeros(7))
+    assert head.narrow(None) is head and head.narrow(7) is head
+    cut = head.narrow(5)
+    assert cut.weight.shape == (5, 3) and cut.bias.shape == (5,) and (cut.scale, cut.softcap) == (head.scale, head.softcap)
 
 
 def test_half_precision_slopes_survive_where_the_loss_is_scaled_up():
