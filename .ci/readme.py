@@ -77,10 +77,12 @@ def losses(root: Path) -> str:
     """Peak memory of the loss."""
     rows = []
     for path in sorted(root.glob("bench/*-loss.json")):
-        for case, row in json.loads(path.read_text(encoding="utf-8"))["found"].items():
+        found = json.loads(path.read_text(encoding="utf-8"))["found"]
+        for case, row in found.items():
             if "naive_peak_mib" in row:
-                rows.append([case, *(f"{row[f'{form}_peak_mib']['median']:,.0f} MiB" for form in ("naive", "chunked"))])
-    return markdown(["loss over", "naive", "in chunks"], rows)
+                rows.append([case, *(f"{row[f'{form}_peak_mib']['median']:,.0f} MiB" for form in ("naive", "chunked")),
+                             *(f"{found[f'{case}, chunked {n} rows']['peak_mib']['median']:,.0f} MiB" for n in (16, 64, 256))])
+    return markdown(["loss over", "naive", "in chunks", "of 16 rows", "of 64", "of 256"], rows)
 
 
 BLOCKS = {"claims": claims, "skills": skills, "engine": engine, "caches": caches, "batching": batching, "losses": losses}

@@ -15,6 +15,7 @@ from kdlib.presets import KINDS, check
 
 CHUNK_ELEMENTS = {"cpu": 3 * 2**21}  # logits held at once by default; elsewhere 2**27, since wide products are what keeps a GPU busy
 BLOCK_ELEMENTS = {"cpu": 2**18}  # of them taken through all passes at once, which stay in a processor's cache; elsewhere all
+torch.zeros(1).exp().log().tanh()  # MKL picks its code in a first call, which must not be that of several threads at once
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -29,10 +30,8 @@ class Objective:
     size (Hinton et al. 2015, arXiv 1503.02531). With p the teacher and q the student, ``kind`` of D is
 
     * ``forward_kl``: KL(p ‖ q); ``reverse_kl``: KL(q ‖ p); ``total_variation``: ½·Σ|p − q|
-    * ``jsd``: β·KL(p ‖ m) + (1−β)·KL(q ‖ m) with m = β·p + (1−β)·q; ``beta`` 0 is forward and 1 reverse KL, as in GKD (Agarwal
-      et al. 2024, arXiv 2306.13649)
-    * ``skew_forward_kl``: KL(p ‖ λ·p + (1−λ)·q); ``skew_reverse_kl``: KL(q ‖ λ·q + (1−λ)·p); λ is ``skew`` (Ko et al. 2024,
-      arXiv 2402.03898)
+    * ``jsd``: β·KL(p ‖ m) + (1−β)·KL(q ‖ m), m = β·p + (1−β)·q; ``beta`` 0 is forward, 1 reverse KL (GKD: arXiv 2306.13649)
+    * ``skew_forward_kl``: KL(p ‖ λ·p + (1−λ)·q); ``skew_reverse_kl``: KL(q ‖ λ·q + (1−λ)·p); λ is ``skew`` (arXiv 2402.03898)
     """
 
     alpha: float = 1.0
@@ -56,8 +55,9 @@ class Objective:
 
     @property
     def divergence(self) -> str:
-        """``kind``, with the ends of the generalised JSD under their own names."""
-        return {0: "forward_kl", 1: "reverse_kl"}.get(self.beta, "jsd") if self.kind == "jsd" else self.kind
+        """``kind``, with the ends of the generalised JSD and of the skewed kinds under their own names."""
+        ends = {"jsd": {0: "forward_kl", 1: "reverse_kl"}, "skew_forward_kl": {0: "forward_kl"}, "skew_reverse_kl": {0: "reverse_kl"}}
+        return ends.get(self.kind, {}).get(self.beta if self.kind == "jsd" else self.skew, self.kind)
 
 
 class Sparse(NamedTuple):
@@ -113,8 +113,7 @@ def divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind:
     no gradient to the teacher. Raises ValueError if shapes differ or a setting is not allowed.
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
-                         "differ in shape; both must be (rows, vocabulary) over the same vocabulary.")
+        raise ValueError(f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ in shape.")
     return _divergence(_wide(student_logits), teacher_logits, Objective(1.0, kind, beta, skew, temperature))
 
 
@@ -137,13 +136,13 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
 def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor, teacher=None, *,
                              num_items: int | torch.Tensor, vocabulary: int | None = None, chunk_size: int | None = None,
                              **settings) -> torch.Tensor:
-    """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, never holding more than ``chunk_size`` rows of logits.
+    """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, holding at most ``chunk_size`` rows of each one's logits.
 
     Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the
     weight's in place, so memory grows with the chunk, by default six million logits on a processor, and not with N × V.
     """
-    objective = Objective(**settings).with_teacher(teacher)
-    head = head.narrow(vocabulary)
+    check("chunk_size", 1 if chunk_size is None else chunk_size, int, "None or a whole number from 1", lambda v: v >= 1)
+    objective, head = Objective(**settings).with_teacher(teacher), head.narrow(vocabulary)
     if isinstance(teacher, (Hidden, torch.Tensor)):
         teacher = teacher[:, :vocabulary] if torch.is_tensor(teacher) else teacher._replace(head=teacher.head.narrow(vocabulary))
     _check(hidden, len(head.weight), targets, teacher)
@@ -153,8 +152,9 @@ def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Te
         hidden = hidden.to(low := torch.get_autocast_dtype(where))
         if isinstance(teacher, Hidden):
             teacher = Hidden(teacher.states.to(low), teacher.head._replace(weight=teacher.head.weight.to(low)))
+    made_of = [x if x is None or torch.is_grad_enabled() else x.detach() for x in (hidden, head.weight, head.bias)]
     with torch.autocast(where, enabled=False):
-        return _Chunked.apply(hidden, head.weight, head.bias, head, targets, teacher, objective, pieces, 1 / max(float(num_items), 1))
+        return _Chunked.apply(*made_of, head, targets, teacher, objective, pieces, 1 / max(float(num_items), 1))
 
 
 def _check(rows, width: int, targets, teacher) -> None:
@@ -168,7 +168,7 @@ def _check(rows, width: int, targets, teacher) -> None:
 
 def _row_losses(z, targets, teacher, o: Objective) -> torch.Tensor:
     """(1−α)·CE + α·T²·D of each row of logits ``z``."""
-    hard = (1 - o.alpha) * F.cross_entropy(z, targets, reduction="none") if o.alpha < 1 else 0.0
+    hard = (1 - o.alpha) * -F.log_softmax(z, -1).gather(1, targets[:, None])[:, 0] if o.alpha < 1 else 0.0
     return hard + o.alpha * o.temperature**2 * _divergence(z, teacher, o) if o.alpha > 0 else hard
 
 
@@ -176,7 +176,8 @@ def _divergence(z, teacher, o: Objective) -> torch.Tensor:
     log_q = F.log_softmax(z / o.temperature if o.temperature != 1 else z, -1)
     if not isinstance(teacher, Sparse):
         return _between(log_q, F.log_softmax(_wide(teacher.detach()) / o.temperature, -1), o)
-    rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1)
+    others = log_q.scatter(1, teacher.ids, -math.inf)
+    rest = others.masked_fill((others == -math.inf).all(-1, keepdim=True), -math.inf).logsumexp(-1)  # whose gradient is 0 then
     return _of_few(log_q.gather(1, teacher.ids), rest, teacher, o)
 
 
@@ -275,11 +276,10 @@ class _Chunked(torch.autograd.Function):
         for rows in map(slice, edges, edges[1:]):
             loss, slope = _loss_and_slope(head, hidden, targets, teacher, rows, objective, wanted)
             total += loss
-            if not wanted:
-                continue
+            if wanted:
+                torch.mm(slope, head.weight, out=grad_hidden[rows])
             if grad_bias is not None:
                 grad_bias.add_(slope.sum(0, dtype=grad_bias.dtype), alpha=share)
-            torch.mm(slope, head.weight, out=grad_hidden[rows])
             if grad_weight is not None and wide == hidden.dtype:
                 torch.addmm(grad_weight, slope.T, hidden[rows], out=grad_weight, beta=int(rows.start > 0), alpha=share)
             elif grad_weight is not None:

@@ -12,6 +12,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from kdlib import inference
 from kdlib.data import IGNORE, Collator, stretches
 from kdlib.losses import Head, Objective, distillation_loss, linear_distillation_loss
+from kdlib.presets import check
 from kdlib.teachers import Live
 
 
@@ -22,8 +23,7 @@ class DistillationTrainer(Trainer):
     :class:`~kdlib.losses.Objective`. On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the
     batches takes the student's own samples for answers, of at most ``max_new_tokens``, and a live teacher's word on them. The sum
     over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Batches are by
-    default those of :class:`~kdlib.data.Collator`, packed where the model keeps rows apart. Raises ValueError before training on a
-    bad setting, a missing teacher, or one that does not fit student and data.
+    default :class:`~kdlib.data.Collator`'s, packed where the model keeps rows apart. ValueError before training on what does not fit.
     """
 
     loss_is_scaled_for_ga = True
@@ -34,6 +34,7 @@ class DistillationTrainer(Trainer):
         if not 0 <= lmbda <= 1 or (lmbda and (objective.alpha < 1 or not isinstance(teacher, Live))):
             raise ValueError(f"lmbda={lmbda!r} is not allowed; allowed: 0 to 1, and above 0 only with alpha=1 and a live teacher, "
                              "because nobody else can judge the student's own answers.")
+        check("chunk_size", 1 if chunk_size is None else chunk_size, int, "None or a whole number from 1", lambda v: v >= 1)
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor or self.compute_loss_func or self.args.n_gpu > 1:
             raise ValueError(f"label_smoothing_factor={self.args.label_smoothing_factor}, compute_loss_func={self.compute_loss_func} and "
@@ -95,8 +96,7 @@ class DistillationTrainer(Trainer):
             module = bare.get_output_embeddings()
             loss = inference.at_head(bare, inputs, mask, lambda hidden: linear_distillation_loss(
                 hidden, Head(module.weight, module.bias, **self.linear), targets, teacher, chunk_size=self.chunk_size, **how), model)
-        scaled = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        return loss * self.accelerator.num_processes if scaled else loss
+        return loss * (self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The response tokens of an optimizer step on all devices, those that :meth:`compute_loss` finds."""

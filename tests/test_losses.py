@@ -262,6 +262,64 @@ def test_what_a_very_sure_student_leaves_keeps_its_slope(gap):
     assert loss.item() == pytest.approx(2 * (0.4 * gap + sum(p * math.log(p) for p in (0.6, 0.3)) + 0.1 * math.log(0.1 / 6)), rel=1e-4)
 
 
+def with_bias(x, *rest, **settings):
+    """As :func:`with_head`, but what −inf rules out is ruled out by the head's bias."""
+    bias = torch.zeros(x.shape[1], dtype=x.dtype)
+    bias[2] = -math.inf
+    return linear_distillation_loss(x.masked_fill(x == -math.inf, 0), Head(torch.eye(x.shape[1], dtype=x.dtype), bias), *rest, **settings)
+
+
+@pytest.mark.parametrize("form", [distillation_loss, with_bias], ids=["plain", "by hand"])
+@pytest.mark.parametrize("alpha, temperature", [(1.0, 1.0), (0.5, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("kind, beta", SETTINGS)
+def test_a_token_that_neither_says_leaves_a_slope_though_the_bucket_is_empty(kind, beta, alpha, temperature, form):
+    s, t = logits(4, 6, 1), logits(4, 6, 2)
+    s[:, 2] = t[:, 2] = -math.inf
+    x, (top, ids) = s.clone().requires_grad_(), F.log_softmax(t / temperature, -1).topk(5)
+    teacher = Sparse(ids, top, torch.full((4,), -math.inf, dtype=t.dtype))
+    loss = form(x, torch.zeros(4, dtype=torch.long), teacher, alpha=alpha, kind=kind, beta=beta, temperature=temperature, num_items=4)
+    slope, = torch.autograd.grad(loss, x)
+    kept = [0, 1, 3, 4, 5]
+    y = s[:, kept].clone().requires_grad_()
+    other = distillation_loss(y, torch.zeros(4, dtype=torch.long), t[:, kept], alpha=alpha, kind=kind, beta=beta, temperature=temperature, num_items=4)
+    torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(slope[:, kept], torch.autograd.grad(other, y)[0])
+    assert not slope[:, 2].any()
+
+
+@FORMS
+@pytest.mark.parametrize("kind, plain", [("skew_forward_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")])
+def test_no_skew_is_the_plain_divergence_however_sure_the_models_are(kind, plain, form):
+    found = []
+    for name, skew in ((kind, 0.0), (plain, 0.1)):
+        x = torch.tensor([[120.0, 0.0, 0.0]]).requires_grad_()
+        loss = form(x, torch.tensor([0]), torch.tensor([[0.0, 0.0, 5.0]]), alpha=1.0, kind=name, skew=skew, num_items=1)
+        found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    assert found[0][0] == found[1][0] > 1 and torch.equal(found[0][1], found[1][1])
+    assert found[0][1].any() == (plain == "forward_kl"), "the slope of reverse KL is below what single precision holds"
+
+
+def test_where_no_gradient_is_wanted_none_is_made(monkeypatch):
+    seen, real = [], losses._loss_and_slope
+    monkeypatch.setattr(losses, "_loss_and_slope", lambda *given: seen.append(given[-1]) or real(*given))
+    hidden, weight, y = logits(5, 4, 1).requires_grad_(), logits(9, 4, 2).requires_grad_(), torch.arange(5)
+    with torch.no_grad():
+        alone = linear_distillation_loss(hidden, Head(weight), y, num_items=5, alpha=0.0)
+    assert alone == linear_distillation_loss(hidden, Head(weight), y, num_items=5, alpha=0.0) and seen == [False, True]
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_a_chunk_of_no_rows_is_refused(size):
+    with pytest.raises(ValueError, match=rf"chunk_size={size} .*allowed: None or a whole number from 1"):
+        linear_distillation_loss(logits(3, 4, 1), Head(logits(9, 4, 2)), torch.arange(3), num_items=3, alpha=0.0, chunk_size=size)
+
+
+@FORMS
+def test_a_target_that_is_no_token_is_an_error(form):
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds|index -100"):
+        form(logits(3, 4, 1), torch.tensor([0, -100, 1]), alpha=0.0, num_items=3)
+
+
 @pytest.mark.parametrize("rows, chunk, sizes", [(10, 4, [3, 3, 4]), (8, 4, [4, 4]), (3, 100, [3]), (10, None, [5, 5])])
 def test_chunks_are_even_and_never_larger_than_asked(rows, chunk, sizes, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 6 * 13})

@@ -433,6 +433,8 @@ def test_the_usual_arguments_mean_what_they_mean_to_the_trainer(student, teacher
     learner = trainer.DistillationTrainer(student, args, mine, rows, processing_class=tokenizer, teacher=Live(teacher, tokenizer))
     assert learner.data_collator is mine
     learner.train()  # the rows have columns of text, which the Trainer leaves out
+    with pytest.raises(ValueError, match="chunk_size=-1 is not allowed; allowed: None or a whole number from 1"):
+        trainer.DistillationTrainer(student, TrainingArguments(tmp_path, report_to=[], use_cpu=True), processing_class=tokenizer, chunk_size=-1)
     args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1, .* do not go with this loss"):
         trainer.DistillationTrainer(model=student, args=args, processing_class=tokenizer)

@@ -109,7 +109,7 @@ def losses(rounds: int) -> dict:
         found = alternating("loss.py", ("naive", "chunked", *CHUNKS), rounds, tokens, vocabulary, share)
         row = {f"{form}_{k}": spread(r[k] for r in found[form]) for form in ("naive", "chunked") for k in ("peak_mib", "seconds")}
         row |= {f"naive_over_chunked_{k}": ratio(found["naive"], found["chunked"], k) for k in ("peak_mib", "seconds")}
-        row["relative_difference_of_loss"] = abs(found["chunked"][0]["loss"] / found["naive"][0]["loss"] - 1)
+        row["relative_difference_of_loss"] = spread(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found["chunked"], found["naive"]))
         case = f"{tokens} tokens, vocabulary {vocabulary}, share {share}"
         out[case] = row
         for form in CHUNKS:
