@@ -98,15 +98,15 @@ def test_budgets_are_nested_and_spread_over_skills():
 
 
 def test_stream_passes_over_all_rows_before_it_repeats_one():
-    order = data.stream([4, 8, 15, 16, 23], steps=5, batch_size=3, seed=0)
+    order = data.stream([[4, 8, 15, 16, 23]], steps=5, batch_size=3, seed=0)
     assert len(order) == 15 and all(sorted(order[i:i + 5]) == [4, 8, 15, 16, 23] for i in (0, 5, 10))
-    assert order != data.stream([4, 8, 15, 16, 23], 5, 3, seed=1)
+    assert order != data.stream([[4, 8, 15, 16, 23]], 5, 3, seed=1)
 
 
 def test_length_windows_reorder_and_lose_nothing():
     lengths = [random.Random(i).randint(1, 99) for i in range(64)]
-    plain = data.stream(list(range(64)), 16, 4, seed=0)
-    windowed = data.stream(list(range(64)), 16, 4, 0, lengths, window=8)
+    plain = data.stream([list(range(64))], 16, 4, seed=0)
+    windowed = data.stream([list(range(64))], 16, 4, 0, lengths, window=8)
     for start in (0, 32):
         assert sorted(plain[start:start + 32]) == sorted(windowed[start:start + 32])
 
