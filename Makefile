@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= lab
 OUT ?= .study
+WORLDS ?= 0
 WORKERS ?= 0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,13 +15,14 @@ TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/d
 .PHONY: study smoke test lab sweep bench outputs readme clean
 
 study: $(READY)
-	@$(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import study; study.plan('', {'preset': '$(PRESET)', 'results_dir': '$(OUT)'})"
-	@mkdir -p "$(OUT)/$(PRESET)/notebooks"
-	@set -e; for nb in $(EXPERIMENTS); do echo "== $$nb, preset $(PRESET), results in $(OUT)/$(PRESET)"; \
-	  copy="$(OUT)/$(PRESET)/notebooks/$$(basename $$nb)" part="$(OUT)/$(PRESET)/notebooks/.unfinished-$$$$.ipynb"; \
-	  $(BIN)/papermill $$nb "$$part" -p preset $(PRESET) -p results_dir "$(OUT)" \
+	@set -e; able=$$($(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import study; print(*study.able('$(PRESET)', '$(WORLDS)', '$(OUT)'))"); \
+	for world in $$(echo $(WORLDS) | tr , ' '); do for nb in $(EXPERIMENTS); do \
+	  case " $$able " in *" $$(basename $$nb .ipynb | cut -c4-) "*) ;; *) continue;; esac; \
+	  echo "== $$nb, preset $(PRESET), world $$world, results in $(OUT)/$(PRESET)"; \
+	  folder="$(OUT)/$(PRESET)/notebooks"; [ $$world = 0 ] || folder="$(OUT)/$(PRESET)/world-$$world/notebooks"; mkdir -p "$$folder"; \
+	  $(BIN)/papermill $$nb "$$folder/.unfinished-$$$$.ipynb" -p preset $(PRESET) -p world_seed $$world -p results_dir "$(OUT)" \
 	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; \
-	  mv -f "$$part" "$$copy"; done
+	  mv -f "$$folder/.unfinished-$$$$.ipynb" "$$folder/$$(basename $$nb)"; done; done
 	@$(BIN)/python .ci/readme.py "$(OUT)"
 
 smoke:

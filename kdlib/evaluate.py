@@ -10,8 +10,6 @@ from datasets import Dataset
 from kdlib.data import Collator
 from kdlib.inference import generate, response_logits, response_rows
 
-BATCH = 64
-
 
 def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
     """What the model answers to ``conversations`` (each ends with a user turn), as text."""
@@ -38,8 +36,8 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -
     """By response token: ``row``, ``nll`` (nats), ``confidence``, ``correct``; with a ``teacher`` its nll, entropy, and ``agree``."""
     collate, parts = Collator(pad_token_id), []
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
-    for start in range(0, len(order), BATCH):
-        chunk = order[start:start + BATCH]
+    for start in range(0, len(order), 64):
+        chunk = order[start:start + 64]
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
         mask, targets = response_rows(batch)
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]

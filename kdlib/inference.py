@@ -4,6 +4,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -170,13 +171,12 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
     habits = model.generation_config, inner.generation_config  # a model's top_p or penalties are not its distribution
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
-        width = max(len(prompts[i]) for i in chunk)
-        ids = torch.tensor([[pad_token_id or 0] * (width - len(prompts[i])) + prompts[i] for i in chunk], device=model.device)
-        seen = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=model.device)
+        ids, seen = (pad_sequence([torch.tensor(row(prompts[i])) for i in chunk], True, filler, "left").to(model.device)
+                     for row, filler in ((list, pad_token_id or 0), (lambda p: [1] * len(p), 0)))
         try:
             model.generation_config = GenerationConfig()
             out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
-                                 eos_token_id=eos_token_id, **how)[:, width:].tolist()
+                                 eos_token_id=eos_token_id, **how)[:, ids.shape[1]:].tolist()
         finally:
             model.generation_config, inner.generation_config = habits
         for i, answer in zip(chunk, out):

@@ -56,8 +56,7 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
         some = ", ".join(f"{t!r} ({ours.get(t)} and {theirs.get(t)})" for t in odd[:3])
         raise ValueError(f"Student and teacher need the same token ids, but {len(odd)} tokens differ, among them {some}.")
     if (size := max(ours.values()) + 1) > min(student_width, teacher_width):
-        raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's "
-                         f"{teacher_width}.")
+        raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's {teacher_width}.")
     return size
 
 

@@ -1,10 +1,11 @@
 """The presets: one study at several sizes. A preset is data, in presets.toml; nothing else in kdlib knows its name."""
 
-import math
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Metric(NamedTuple):
@@ -26,7 +27,16 @@ METRICS = {"accuracy": Metric("accuracy", "accuracy (macro over skills)", True, 
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")  # of divergence
 METHODS = {"sft": {"alpha": 0.0, "temperature": 1.0},  # alpha is the weight of the teacher in the loss; everything else is equal
-           "kd": {"alpha": 1.0, "temperature": 1.0}}
+           "kd": {"alpha": 1.0, "temperature": 1.0},
+           "seq_kd": {"alpha": 0.0, "temperature": 1.0}}  # SFT on the teacher's own words (Kim & Rush 2016)
+RECIPES = {  # of the two-stage study: stages of equally many steps, each with its rows and method
+    "human_sft": (("human", "sft"),), "human_kd": (("human", "kd"),), "synthetic_sft": (("synthetic", "sft"),),
+    "synthetic_kd": (("synthetic", "kd"),), "mixture": (("human+synthetic", "kd"),),
+    "sft_then_kd": (("human", "sft"), ("synthetic", "kd")), "kd_then_sft": (("synthetic", "kd"), ("human", "sft")),
+    "kd_then_kd": (("synthetic", "kd"), ("human", "kd"))}
+ARMS = {"data_budget": (("sft", None), ("kd", "base")),  # of an experiment: methods and teachers
+        "lr_sweep": (("sft", None), ("kd", "base"), ("seq_kd", "strong")),
+        "teacher_strength": (("sft", None), ("kd", "weak"), ("kd", "base"), ("kd", "strong"), ("seq_kd", "strong"))}
 
 
 def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
@@ -39,32 +49,27 @@ def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
 
 
 class Preset(SimpleNamespace):
-    """One size of the study: its ``name`` and what presets.toml says of it.
-
-    ``source`` says what data (``kind`` names a loader of :mod:`kdlib.stages`; its first ``train_rows`` rows are used),
-    ``student`` and ``teachers`` which models and how they are pre-trained and teachers tuned, ``steps`` × ``batch_size`` what every
-    run trains, in batches of like length within ``length_window`` of them, ``learning_rate`` what the ``sweep`` chose.
-    """
+    """One size of the study: its ``name`` and what presets.toml, which explains the fields, says of it."""
 
     @property
     def scored(self) -> Metric:
         """The metric that decides."""
         return METRICS[self.metric]
 
-    def rate(self, method: str, budget: int) -> float:
-        """The rate for ``method`` at ``budget``: the sweep's choices, log-log linear between, constant beyond, to three digits."""
-        points = sorted(self.learning_rate[method].items())
-        low = max((p for p in points if p[0] <= budget), default=points[0])
-        high = min((p for p in points if p[0] >= budget), default=points[-1])
-        way = math.log(budget / low[0]) / math.log(high[0] / low[0]) if low[0] < high[0] else 0.0
-        return float(f"{low[1] * (high[1] / low[1]) ** way:.3g}")
+    @staticmethod
+    def rate(choices: dict[int, float], budget: int) -> float:
+        """The rate at ``budget`` by the sweep's ``choices``: log-log linear between, constant beyond, to three digits."""
+        budgets, rates = np.log(sorted(choices.items())).T
+        return float(f"{np.exp(np.interp(np.log(budget), budgets, rates)):.3g}")
 
 
 def _read(name: str, table: dict) -> Preset:
     shared = {"max_tokens": None, **table.pop("pretrain")}
-    table["student"] = {**shared, **table["student"]}
-    table["teachers"] = {n: {**shared, **t} for n, t in table["teachers"].items()}
-    table["learning_rate"] = {m: {int(b): rate for b, rate in rates.items()} for m, rates in table["learning_rate"].items()}
+    table["bases"] = {n: {**shared, **base} for n, base in table["bases"].items()}
+    domain = table.setdefault("domain", {})
+    for rates in (*table["learning_rate"].values(), *domain.get("learning_rate", {}).values(), *([domain["tuning"]["learning_rate"]] if domain else [])):
+        for budget in list(rates):
+            rates[int(budget)] = rates.pop(budget)
     return Preset(name=name, **table)
 
 

@@ -1,12 +1,11 @@
-"""Run tasks with dependencies in parallel: in worker processes here, each on one thread, or on a Ray cluster."""
+"""Do tasks in parallel: in worker processes here, each on one thread, or on a Ray cluster."""
 
 import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -14,47 +13,36 @@ from tqdm import tqdm
 
 
 class Task(NamedTuple):
-    """``function(*arguments)``, to be called once the tasks named in ``needs`` are done; ``cost`` weighs the estimate."""
+    """``function(*arguments)``; ``cost`` weighs the estimate of what is left."""
 
-    key: str
     function: Callable
     arguments: tuple
-    needs: tuple
-    cost: float
+    cost: float = 1.0
 
 
 def compute(tasks: list[Task], workers: int = 0) -> None:
-    """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
+    """Do all ``tasks``, begun in their order, with a progress bar and an estimate; each waits by itself for what another makes.
 
     In processes here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task
     that fails stops the rest from starting; what runs finishes, and the error is raised.
     """
-    waiting, done, running, failure, busy = list(tasks), set(), {}, None, 0.0
-    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0,
-               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}")
+    failure, done = None, 0
+    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0, smoothing=0,
+               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
     with (Ray if os.environ.get("RAY_ADDRESS") else Processes)(workers) as pool, bar:
-        while (waiting and not failure) or running:
-            for task in [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]:
-                waiting.remove(task)
-                try:
-                    running[pool.submit(task.function, *task.arguments)] = task, time.monotonic()
-                except BrokenProcessPool as error:
-                    failure = failure or error
-            for future in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
-                task, started = running.pop(future)
-                try:
-                    future.result()
-                    done.add(task.key)
-                    bar.update(task.cost)
-                    busy += (time.monotonic() - started) * bool(task.cost)  # what costs nothing says nothing about speed
-                except Exception as error:
-                    failure = failure or error
-            if bar.n:
-                bar.set_postfix_str(f"about {(bar.total - bar.n) / bar.n * busy / pool.workers / 60:.1f} min left", refresh=False)
-            bar.set_description_str(f"{len(done)} of {len(tasks)} tasks")
+        futures = {pool.submit(t.function, *t.arguments): t for t in tasks}
+        for future in as_completed(futures):
+            try:
+                future.result()
+                done += 1
+                bar.set_description_str(f"{done} of {len(tasks)} tasks", refresh=False)
+                bar.update(futures[future].cost)
+            except Exception as error:
+                failure = failure or error
+                for other in futures:
+                    other.cancel()
     if isinstance(failure, BrokenProcessPool):
-        raise RuntimeError("A worker process died (killed, or out of memory); finished runs are kept, so run again to go on."
-                           ) from failure
+        raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from failure
     if failure:
         raise failure
 
@@ -92,8 +80,7 @@ class Ray(Executor):
         try:
             import ray
         except ImportError as error:
-            raise ValueError("RAY_ADDRESS asks for Ray, which is not installed; pip install 'kdlib[cluster]', or unset it."
-                             ) from error
+            raise ValueError("RAY_ADDRESS asks for Ray, which is missing; pip install 'kdlib[cluster]', or unset it.") from error
         ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         devices = int(ray.cluster_resources().get("GPU", 0))
         self.workers = workers or devices or int(ray.cluster_resources()["CPU"])

@@ -3,11 +3,10 @@
 ``prepare(student, tokenizer, dataset, objective, device)`` checks before training all that can be checked and returns the common
 vocabulary; ``targets(inputs, mask)`` are a batch's teacher rows as :mod:`kdlib.losses` takes them.
 
-A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits, exact at
-any temperature; ``hidden``, what the teacher's LM head reads and that head once, as exact and smaller where the vocabulary is
-wider than the teacher; ``top_k``, the k largest log-probabilities, the mass of all others in one bucket (``tail="bucket"``, which
-never overstates the divergence) or dropped (``tail="renormalise"``, which sharpens the teacher); ``sampled``, k tokens drawn from
-the teacher and its entropy: forward KL and its gradient are unbiased (Anshumann et al. 2025, arXiv 2503.16870).
+A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits; ``hidden``,
+what the teacher's LM head reads and that head once, as exact and smaller in large vocabularies; ``top_k``, the k largest
+log-probabilities, all others in one bucket (``tail="bucket"``, never overstating the divergence) or dropped (``"renormalise"``,
+sharpening the teacher); ``sampled``, k tokens drawn from it, unbiased in forward KL (Anshumann et al. 2025, arXiv 2503.16870).
 """
 
 import hashlib
@@ -229,8 +228,7 @@ class Cached:
         if widths[1] < widths[0]:
             raise ValueError(f"T{where[1:]} covers {widths[0]} tokens, the student's head {widths[1]}.")
         if spec["form"] not in EXACT and objective.temperature != spec["temperature"]:
-            raise ValueError(f"temperature={objective.temperature} but {where} was made at {spec['temperature']}; allowed: that, "
-                             "or a full or hidden cache.")
+            raise ValueError(f"temperature={objective.temperature} but {where} has {spec['temperature']}; allowed: that, or an exact cache.")
         if spec["form"] == "sampled" and objective.divergence != "forward_kl":
             raise ValueError(f"kind={objective.kind!r} with a sampled cache would be biased; allowed: forward_kl.")
         if spec.get("tail") == "renormalise" and objective.divergence == "reverse_kl":
@@ -238,8 +236,8 @@ class Cached:
         for row in dataset:
             found = self.place.get(example_key(row.get("id")))
             if found is None or found[2] != store.digest([row["input_ids"], row["labels"]]):
-                raise ValueError(f"T{where[1:]} {'has no' if found is None else 'holds other tokens for'} example {row.get('id')!r}; "
-                                 "write it anew for these data.")
+                what = "has no" if found is None else "holds other tokens for"
+                raise ValueError(f"T{where[1:]} {what} example {row.get('id')!r}; write it anew for these data.")
         self.head = self.head and {n: v.to(device) for n, v in self.head.items()}
         return spec["vocabulary"]
 

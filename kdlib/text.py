@@ -32,13 +32,11 @@ def load_rows(source: dict) -> list[dict]:
     if root := os.environ.get("KDLIB_DATA"):
         path = Path(root) / source["local"]
         if not path.is_file():
-            raise FileNotFoundError(f"KDLIB_DATA={root!r} has no file {source['local']!r}; point KDLIB_DATA at the folder "
-                                    "that holds it, or unset it to load all data from the hub.")
+            raise FileNotFoundError(f"KDLIB_DATA={root!r} has no file {source['local']!r}; point KDLIB_DATA at its folder, or unset it for the hub.")
         rows, where = read_jsonl(path), source.get("where", {})
         if kept := [r for r in rows if all(r.get(k) == v for k, v in where.items())]:
             return kept
-        wanted = f" with {', '.join(f'{k}={v!r}' for k, v in where.items())}" if where else ""
-        raise ValueError(f"{path} has no row{wanted} among its {len(rows)}; the study needs some.")
+        raise ValueError(f"{path} has no row with {', '.join(f'{k}={v!r}' for k, v in where.items())} among its {len(rows)}; the study needs some.")
     try:
         rows = load_dataset(source["hub"], source.get("hub_config"), split="train")
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
@@ -54,12 +52,10 @@ def to_messages(row: dict) -> list[dict]:
         fine = isinstance(messages, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
         if not fine or not any(m["role"] == "assistant" for m in messages):
-            raise ValueError(f"Row {row.get('id')!r}: messages must be a list of objects with the texts 'role' and 'content', "
-                             "at least one of them an assistant's.")
+            raise ValueError(f"Row {row.get('id')!r}: messages must be objects with texts 'role' and 'content', one of them an assistant's.")
         return messages
     if not row.get("instruction") or not row.get("response"):
-        raise ValueError(f"Row {row.get('id')!r} has neither 'messages' nor 'instruction' and 'response'; "
-                         f"its columns are {sorted(row)}.")
+        raise ValueError(f"Row {row.get('id')!r} has no 'messages' and no 'instruction' with 'response', but {sorted(row)}.")
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("context")) if part)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["response"]}]
 
@@ -79,8 +75,8 @@ def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validati
     rows = [pool[p] for p in sorted(pool.keys() - overlap, key=lambda p: zlib.crc32(p.encode()))]
     tests = sorted(held.values(), key=lambda r: zlib.crc32(r["id"].encode()))[:test_rows]
     report = {"rows_read": read, "duplicate_prompts_dropped": read - len(pool), "held_out_prompts_dropped": len(overlap)}
-    return Corpus(pretrain=lambda: _plain(pretrain), train=Dataset.from_list(rows[validation_rows:]),
-                  validation=Dataset.from_list(rows[:validation_rows]), test=Dataset.from_list(tests), report=report)
+    sets = {"train": rows[validation_rows:], "validation": rows[:validation_rows], "test": tests}
+    return Corpus(pretrain=lambda: _plain(pretrain), sets={n: Dataset.from_list(r) for n, r in sets.items()}, report=report)
 
 
 def origin(**source) -> dict[str, str] | None:

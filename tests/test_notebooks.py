@@ -12,6 +12,7 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+from tiny import sweep
 
 from kdlib import results, stats, study
 from kdlib.presets import PRESETS
@@ -158,7 +159,7 @@ def test_a_sweep_runs_what_is_missing_and_says_what_it_chose(tmp_path):
     nb = run(FOLDER / "07_learning_rates.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
     assert "8 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
     table = pd.read_csv(tmp_path / "results" / "smoke" / "tables" / "lr_sweep.csv")
-    records = study.run(study.sweep_plan(PRESETS["smoke"], tmp_path / "results", train_missing=False))
+    records = study.run(sweep(PRESETS["smoke"], tmp_path / "results"))
     frame = results.frame(records)
     for (method, budget), rows in table.groupby(["method", "budget"]):
         scores = frame[(frame.method == method) & (frame.budget == budget)].set_index("learning_rate").accuracy

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+from tiny import sweep
 
 from kdlib import results, store, study
 from kdlib.presets import PRESETS
@@ -81,7 +82,7 @@ def test_every_committed_record_is_whole_and_belongs_to_a_design(name):
     if tracked.returncode:
         pytest.skip("not a git checkout")
     ids = {Path(p).stem for p in tracked.stdout.split()}  # a reader's own runs beside them do no harm
-    assert ids == set(committed(name).ids) | set(study.sweep_plan(PRESETS[name], RESULTS).ids)
+    assert ids == set(committed(name).ids) | set(sweep(PRESETS[name], RESULTS).ids)
     for r in results.read_records(RESULTS, name, sorted(ids)):
         assert r["provenance"]["code_dirty"] is False and len(r["provenance"]["code_version"]) == 40
         assert {"id", "suite", "nll", "bytes"} <= set(r["items"])
@@ -99,7 +100,7 @@ def test_tables_figures_and_claims_follow_from_the_records(name, tmp_path, monke
                 exec(cell.source, namespace)
             if "parameters" in cell.metadata.get("tags", []):
                 namespace |= {"preset": name, "results_dir": str(tmp_path), "train_missing": False}
-    assert namespace["chosen"] == PRESETS[name].learning_rate, "the preset holds what the committed sweep chose"
+    assert namespace["chosen"] == {m: PRESETS[name].learning_rate[m] for m in ("sft", "kd")}, "the preset holds what the committed sweep chose"
     stored, again = ({p.relative_to(root / name) for p in (root / name).rglob("*") if p.is_file() and "notebooks" not in p.parts}
                      for root in (RESULTS, tmp_path))
     assert stored == again
@@ -149,12 +150,19 @@ def test_the_readmes_files_and_make_targets_exist():
         assert link.startswith("http") or (ROOT / link).exists(), link
 
 
+def models_in(config):
+    """A configuration, and every model's below it."""
+    below = [config.get("start"), *(p["teacher"] for p in config.get("phases", ()))]
+    return [config, *(m for b in below if b for m in models_in(b))]
+
+
 def test_the_data_dictionary_knows_every_field():
     dictionary = (RESULTS / "README.md").read_text(encoding="utf-8")
     words = set(re.findall(r"`([^`\n]+)`", dictionary.replace("```", "")))
     for name in STUDIES:
         for r in results.read_records(RESULTS, name, committed(name).ids):
-            for group in (r, r["metrics"], r["items"], r["config"], r["provenance"]):
+            phases = [p for model in models_in(r["config"]) for p in model.get("phases", ())]
+            for group in (r, r["metrics"], r["items"], r["provenance"], *models_in(r["config"]), *phases, *(part for p in phases for part in p["rows"])):
                 assert set(group) <= words, set(group) - words
         for path in [*(RESULTS / name / "tables").glob("*.csv"), *(RESULTS / name / "figures").glob("*.csv")]:
             columns = {re.sub("_(kd|sft)$", "", c) for c in pd.read_csv(path).columns}

@@ -9,13 +9,13 @@ from kdlib import results
 
 @pytest.fixture
 def record():
-    config = {"method": "x", "learning_rate": 0.001, "budget": 20}
+    config = {"phases": [{"learning_rate": 0.001}]}
     return {"run_id": results.run_id(config), "experiment": "data_budget", "preset": "lab", "method": "kd", "teacher": "base",
-            "student": "nano", "budget": 20, "seed": 1, "world_seed": 0,
+            "student": "nano", "domain": None, "pool": None, "budget": 20, "seed": 1, "world_seed": 0,
             "metrics": {"accuracy": 0.25, "accuracy_unseen": 0.5, "accuracy_by_skill": {"add": 0.5, "sort": 0.0}},
             "items": {"id": ["a", "b", "c"], "suite": ["seen", "seen", "unseen"], "skill": ["add", "sort", "add"], "correct": [1, 0, 1], "nll": [1.0, 2.0, 3.0],
                       "bytes": [3, 5, 7]},
-            "config": config, "provenance": {"data_hash": "d"}}
+            "config": config, "provenance": {"artefacts": {}}}
 
 
 def test_a_record_reads_back_as_written(tmp_path, record):

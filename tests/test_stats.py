@@ -87,7 +87,7 @@ def test_the_contrasts_are_what_was_stated():
     few = stats.budget_claims(frame, ACC)[0]
     wanted = stats.paired_interval([0.07 + 0.001 * s for s in range(5)])
     assert [few[k] for k in ("estimate", "ci_low", "ci_high", "n_seeds")] == pytest.approx(wanted[:4], rel=1e-5)
-    assert stats.fading(stats.paired_gaps(frame, ACC)).to_numpy() == pytest.approx([0.02] * 5)
+    assert stats.budget_claims(frame, ACC)[1]["estimate"] == pytest.approx(0.02)
 
 
 def test_claims_supported_and_refuted():

@@ -125,7 +125,7 @@ def test_every_mismatch_is_refused_with_its_reason(student, teacher, tokenizer, 
     refused("was made with another (tokenizer|template)", tokenizer=changed)
     refused("has no example 'new'", rows=[{**examples[0], "id": "new"}])
     refused("holds other tokens for example 'row 0'", rows=[{**examples[1], "id": "row 0"}])
-    refused("temperature=2.0 but the cache .* was made at 1.0; allowed: that, or a full or hidden cache", objective=Objective(temperature=2.0))
+    refused("temperature=2.0 but the cache .* has 1.0; allowed: that, or an exact cache", objective=Objective(temperature=2.0))
     refused("kind='jsd' with a sampled cache would be biased", objective=Objective(kind="jsd"),
             source=cache(tmp_path / "s", teacher, tokenizer, examples, form="sampled", k=4))
     refused("kind='reverse_kl' is infinite where", objective=Objective(kind="reverse_kl"),

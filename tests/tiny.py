@@ -3,7 +3,7 @@
 import sys
 
 from kdlib import store, study
-from kdlib.presets import METHODS, PRESETS, Preset
+from kdlib.presets import PRESETS, Preset
 
 SMOKE = PRESETS["smoke"]
 
@@ -14,17 +14,26 @@ def changed(preset: Preset, **settings) -> Preset:
 
 
 TINY = changed(
-    SMOKE, name="tiny", source={"kind": "lab", "pretrain_lines": 2000, "pool_rows": 200, "test_rows": 40, "unseen_rows": 20},
-    train_rows=200, student={**SMOKE.student, "steps": 40},
-    teachers={"base": {**SMOKE.teachers["base"], "steps": 40, "tuning": {"steps": 20, "learning_rate": 2e-3, "batch_size": 16}}},
+    SMOKE, name="tiny", source={"kind": "lab", "pretrain_lines": 2000, "pool_rows": 200, "test_rows": 40, "unseen_rows": 20, "annotated_rows": 30, "unlabelled_rows": 40,
+                         "domain_rows": 15},
+    train_rows=200, bases={name: {**base, "steps": 40} for name, base in SMOKE.bases.items()},
+    teachers={name: {**t, "tuning": {"steps": 20, "learning_rate": 2e-3, "batch_size": 16}} for name, t in SMOKE.teachers.items()},
     steps=12, batch_size=8, budgets=(20, 200), seeds=(0, 1), max_new_tokens=6,
     sweep={"world_seed": 900, "seeds": [100], "budgets": [20], "learning_rates": [1e-3, 2e-3]})
 
 
-def plan(root, train_missing: bool = True, workers: int = 2) -> study.Plan:
+def plan(root, train_missing: bool = True, workers: int = 2, experiment: str = "data_budget") -> study.Plan:
     """The tiny study in ``root``."""
-    configs = study.grid(TINY, METHODS, TINY.budgets, TINY.seeds, 0)
-    return study.Plan(TINY, "data_budget", tuple(configs), store.open_folder(root), True, train_missing, workers)
+    runs = study.grid(TINY, experiment, TINY.budgets, TINY.seeds, 0)
+    return study.Plan(TINY, tuple(runs), store.open_folder(root), True, train_missing, workers)
+
+
+def sweep(preset: Preset, root) -> study.Plan:
+    """The runs of the notebook on learning rates."""
+    s = preset.sweep
+    runs = [({**labels, "experiment": "lr_sweep"}, config) for rate in s["learning_rates"] for labels, config in
+            study.grid(preset, "data_budget", s["budgets"], s["seeds"], s["world_seed"], split="validation", rate=rate)]
+    return study.Plan(preset, tuple(runs), store.open_folder(root), True, False, 0)
 
 
 if __name__ == "__main__":
