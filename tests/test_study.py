@@ -6,10 +6,10 @@ import random
 import shutil
 
 import pytest
-from tiny import TINY, changed, plan, sweep
+from tiny import SMOKE, TINY, changed, plan, sweep
 
 from kdlib import data, evaluate, models, results, stages, stats, store, study
-from kdlib.presets import ARMS, PRESETS
+from kdlib.presets import ARMS, PRESETS, RECIPES
 
 
 def make(tmp_path, **parameters):
@@ -84,6 +84,73 @@ def test_runs_of_a_seed_are_paired(preset, experiment):
             assert {k: phase["rows"][0][k] for k in ("set", "budget", "seed")} == plain["rows"][0]
     assert len({p["steps"] for _, c in runs for p in c["phases"]}) == 1
     assert set(runs[0][1]) == {"start", "phases", "evaluate"}, "nothing that cannot change the result"
+
+
+@pytest.mark.parametrize("name", ["smoke", "lab"])
+def test_recipes_of_a_domain_are_paired_and_train_as_many_steps(name):
+    preset = PRESETS[name]
+    d = preset.domain
+    runs = study.domain_grid(preset, d["names"], d["budgets"], d["seeds"], d["pools"], 0)
+    middle, cells = d["budgets"][len(d["budgets"]) // 2], {}
+    assert len({results.run_id(c) for _, c in runs}) == len(runs)
+    for labels, config in runs:
+        cells.setdefault((labels["domain"], labels["budget"], labels["seed"]), []).append((labels, config))
+    assert len(cells) == len(d["names"]) * len(d["budgets"]) * len(d["seeds"])
+    for (domain, budget, seed), cell in cells.items():
+        full = [(r, c) for r, c in cell if r["pool"] in (None, max(d["pools"]))]
+        assert [r["method"] for r, _ in full] == list(RECIPES)
+        assert {r["pool"] for r, _ in cell} == {None, *(d["pools"] if budget == middle else [max(d["pools"])])}
+        teachers = set()
+        for r, config in cell:
+            assert sum(p["steps"] for p in config["phases"]) == d["steps"] and config["evaluate"]["on"] == f"{domain}/test"
+            assert config["start"] == study.model_spec(preset, d["student"], 0) and all(p["seed"] == seed for p in config["phases"])
+            for phase, (rows, method) in zip(config["phases"], RECIPES[r["method"]], strict=True):
+                assert (phase["teacher"] is not None) == (method == "kd") == (phase["alpha"] == 1.0)
+                for part, source in zip(phase["rows"], rows.split("+"), strict=True):
+                    if source == "human":
+                        assert part == {"set": f"{domain}/train", "budget": budget, "seed": seed}
+                    else:
+                        assert part["set"] == part["said"]["set"] == f"{domain}/pool" and part["budget"] == r["pool"]
+                        teachers.add(json.dumps(part["said"]["by"]))
+                teachers |= {json.dumps(phase["teacher"])} - {"null"}
+        teacher = json.loads(teachers.pop())
+        assert not teachers and teacher["start"] == study.model_spec(preset, d["teacher"], 0), "one teacher a cell"
+        assert teacher["phases"][0]["rows"] == [{"set": f"{domain}/train", "budget": budget, "seed": seed}], "it sees what the student may see"
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"preset": "realtext"}, "preset='realtext' has no domain; allowed: smoke, lab"),
+    ({"domains": ["bank"]}, r"domains=\['bank'\] is not allowed; allowed: a list of market, clinic"),
+    ({"budgets": [10, 201]}, "budgets=.* from 1 to 200"), ({"pools": [10, 401]}, r"pools=.* from 1 to 400, the prompts of a pool"),
+    ({"pools": [100]}, "at least two different")])
+def test_bad_domain_parameters_are_named(tmp_path, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        study.plan("two_stage_domain", {"preset": "smoke", "results_dir": str(tmp_path / "results"), **parameters})
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_a_preset_is_able_to_do(tmp_path):
+    assert study.able("smoke", "0,1", str(tmp_path)) == ["data_budget", "teacher_strength", "two_stage_domain"]
+    assert study.able("realtext", "0", str(tmp_path)) == ["data_budget"]
+    for preset, worlds, message in (("lab", "a", "WORLDS='a' is not allowed"), ("realtext", "0,1", "world_seed=1 is not allowed")):
+        with pytest.raises(ValueError, match=message):
+            study.able(preset, worlds, str(tmp_path))
+
+
+def test_the_words_of_a_domains_teacher_are_learned_and_what_is_forgotten_is_recorded(tmp_path):
+    domain = {**SMOKE.domain, "names": ["clinic"], "budgets": [10, 30], "pools": [20, 40], "seeds": [0, 1], "steps": 8,
+              "tuning": {"steps": 6, "learning_rate": {10: 1e-3}}}
+    small = changed(TINY, domain=domain)
+    runs = study.domain_grid(small, domain["names"], [30], [0], domain["pools"], 0, recipes={n: RECIPES[n] for n in ("human_sft", "synthetic_sft", "kd_then_sft")})
+    weak = [({**labels}, {**config, "phases": [json.loads(json.dumps(p)) for p in config["phases"]]}) for labels, config in runs]
+    for _, config in weak:  # the tiny strong teacher has nothing right to learn from
+        text = json.dumps(config).replace(json.dumps(study.model_spec(small, "strong", 0)), json.dumps(study.model_spec(small, "base", 0)))
+        config |= json.loads(text)
+    records = study.run(study.Plan(small, tuple(weak), store.open_folder(tmp_path / "r"), True, True, 2))
+    for r in records:
+        assert r["domain"] == "clinic" and {"general_accuracy", "general_nll", "untuned_nll"} <= set(r["metrics"])
+        assert set(r["items"]["skill"]) == {"remedy", "visit", "plan"}
+        assert ("label_accuracy" in r["metrics"]) == (r["method"] != "human_sft") == (r["pool"] is not None)
 
 
 def test_teachers_are_made_from_what_they_say_they_are():
