@@ -29,14 +29,16 @@ KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"
 METHODS = {"sft": {"alpha": 0.0, "temperature": 1.0},  # alpha is the weight of the teacher in the loss; everything else is equal
            "kd": {"alpha": 1.0, "temperature": 1.0},
            "seq_kd": {"alpha": 0.0, "temperature": 1.0}}  # SFT on the teacher's own words (Kim & Rush 2016)
-RECIPES = {  # of the two-stage study: stages of equally many steps, each with its rows and method
+RECIPES = {  # stages of equally many steps, each with its rows and method
+    "sft": (("human", "sft"),), "kd": (("human", "kd"),), "seq_kd": (("synthetic", "seq_kd"),),
     "human_sft": (("human", "sft"),), "human_kd": (("human", "kd"),), "synthetic_sft": (("synthetic", "sft"),),
     "synthetic_kd": (("synthetic", "kd"),), "mixture": (("human+synthetic", "kd"),),
     "sft_then_kd": (("human", "sft"), ("synthetic", "kd")), "kd_then_sft": (("synthetic", "kd"), ("human", "sft")),
     "kd_then_kd": (("synthetic", "kd"), ("human", "kd"))}
-ARMS = {"data_budget": (("sft", None), ("kd", "base")),  # of an experiment: methods and teachers
-        "lr_sweep": (("sft", None), ("kd", "base"), ("seq_kd", "strong")),
-        "teacher_strength": (("sft", None), ("kd", "weak"), ("kd", "base"), ("kd", "strong"), ("seq_kd", "strong"))}
+ARMS = {  # of an experiment: recipes and teachers (in a domain, the one that its preset names)
+    "data_budget": (("sft", None), ("kd", "base")), "lr_sweep": (("sft", None), ("kd", "base"), ("seq_kd", "strong")),
+    "teacher_strength": (("sft", None), ("kd", "weak"), ("kd", "base"), ("kd", "strong"), ("seq_kd", "strong")),
+    "two_stage_domain": tuple((recipe, None) for recipe in list(RECIPES)[3:])}
 
 
 def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
@@ -55,6 +57,11 @@ class Preset(SimpleNamespace):
     def scored(self) -> Metric:
         """The metric that decides."""
         return METRICS[self.metric]
+
+    def lacks(self, experiment: str) -> list[str]:
+        """The teachers that ``experiment`` needs and the preset has not, or its domains."""
+        needed = {teacher for _, teacher in ARMS[experiment]} - {None}
+        return sorted(needed - set(self.teachers)) if needed else [] if self.domain else ["domain"]
 
     @staticmethod
     def rate(choices: dict[int, float], budget: int) -> float:

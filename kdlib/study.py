@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from kdlib import results, runner, store
@@ -49,12 +50,11 @@ def plan(experiment: str, namespace: dict) -> Plan:
     check_names(namespace, PARAMETERS[experiment])
     given = {n: namespace[n] for n in PARAMETERS[experiment] if n in namespace}
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
-    preset, wanted = PRESETS[name], {t for _, t in ARMS.get(experiment, ())} - {None}
-    able = [n for n, p in PRESETS.items() if (wanted <= set(p.teachers) if wanted else p.domain)]
-    if name not in able:
-        raise ValueError(f"preset={name!r} has no {' and no '.join(sorted(wanted - set(preset.teachers)))}{' teacher' if wanted else 'domain'}; "
-                         f"allowed: {', '.join(able)}.")
-    size, usual = (preset.train_rows, vars(preset)) if wanted else (preset.domain["rows"], preset.domain)
+    preset, general = PRESETS[name], experiment != "two_stage_domain"
+    if lacking := preset.lacks(experiment):
+        able = ", ".join(n for n, p in PRESETS.items() if not p.lacks(experiment))
+        raise ValueError(f"preset={name!r} has no {' and no '.join(lacking)}{' teacher' if general else ''}; allowed: {able}.")
+    size, usual = (preset.train_rows, vars(preset)) if general else (preset.domain["rows"], preset.domain)
 
     def numbers(name, low, high, limit):
         allowed = f"a list of at least two different whole numbers from {low} to {limit}"
@@ -69,31 +69,18 @@ def plan(experiment: str, namespace: dict) -> Plan:
     train = check("train_missing", given.get("train_missing", True), bool, "True or False")
     folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own",
                    lambda v: not v or (v.strip() and "\0" not in v))
-    if wanted:
+    if general:
         alpha = check("alpha", given.get("alpha", 1.0), float, "a number above 0 and up to 1, the teacher's weight", lambda v: 0 < v <= 1)
         kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)
         at = check("temperature", given.get("temperature", 1.0), float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
-        kd = {"alpha": float(alpha), "temperature": float(at), **({"kind": kind} if kind != KINDS[0] else {})}
-        runs = grid(preset, experiment, budgets, seeds, world, kd)
-        standard = grid(preset, experiment, sorted(preset.budgets), sorted(preset.seeds), world)
+        chosen = {"kd": {"alpha": float(alpha), "temperature": float(at), **({"kind": kind} if kind != KINDS[0] else {})}}
     else:
         names = ", ".join(usual["names"])
-        domains = check("domains", given.get("domains", []), list, f"a list of {names}", lambda v: set(v) <= set(usual["names"])) or usual["names"]
-        pools = numbers("pools", 1, usual["pool_rows"], f"{usual['pool_rows']}, the prompts of a pool")
-        runs = domain_grid(preset, domains, budgets, seeds, pools, world)
-        standard = domain_grid(preset, *(sorted(usual[k]) for k in ("names", "budgets", "seeds", "pools")), world)
+        domains = check("domains", given.get("domains", []), list, f"a list of {names}", lambda v: set(v) <= set(usual["names"]))
+        chosen = {"domains": domains, "pools": numbers("pools", 1, usual["pool_rows"], f"{usual['pool_rows']}, the prompts of a pool")}
+    runs = grid(preset, experiment, world, budgets, seeds, **chosen)
     return Plan(preset, tuple(runs), store.open_folder(folder or results.REPOSITORY / "results"),
-                runs == standard and world in preset.worlds, train, workers)
-
-
-def able(preset: str, worlds: str, results_dir: str) -> list[str]:
-    """The experiments for which a preset has data and teachers. ValueError if it, ``worlds`` ("0,1") or the folder do not do."""
-    if not all(w.isdigit() for w in worlds.split(",")):
-        raise ValueError(f"WORLDS={worlds!r} is not allowed; allowed: whole numbers with commas between, as in 0,1,2.")
-    for world in map(int, worlds.split(",")):
-        known = plan("data_budget", {"preset": preset, "world_seed": world, "results_dir": results_dir}).preset
-    found = [e for e in ARMS if e != "lr_sweep" and {t for _, t in ARMS[e]} - {None} <= set(known.teachers)]
-    return [*found, *(["two_stage_domain"] if known.domain else [])]
+                runs == grid(preset, experiment, world) and world in preset.worlds, train, workers)
 
 
 def data_spec(preset: Preset, world_seed: int) -> dict:
@@ -122,42 +109,38 @@ def _phase(preset: Preset, rows: list[dict], teacher: dict | None = None, **how)
     return {"rows": rows, "teacher": teacher, "steps": preset.steps, "batch_size": preset.batch_size, **how}
 
 
-def grid(preset: Preset, experiment: str, budgets, seeds, world: int, kd: dict | None = None, split: str = "test", rate=None) -> list:
-    """Runs of one of :data:`~kdlib.presets.ARMS`, as labels and configuration: budget by budget, seed by seed, all arms side by side."""
-    runs, shared = [], {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"]}
-    for budget, seed, (method, name) in ((b, s, arm) for b in budgets for s in seeds for arm in ARMS[experiment]):
-        teacher = name and model_spec(preset, name, world)
-        part = (_said(preset, "train", teacher) if method == "seq_kd" else {"set": "train"}) | {"budget": budget, "seed": seed}
-        phase = _phase(preset, [part], teacher if method == "kd" else None, **(kd if method == "kd" and kd else METHODS[method]), seed=seed,
-                       learning_rate=rate or preset.rate(preset.learning_rate[method], budget))
-        runs.append((shared | {"method": method, "teacher": name, "domain": None, "pool": None, "budget": budget, "seed": seed},
-                     {"start": model_spec(preset, "student", world), "phases": [phase],
-                      "evaluate": {"on": split, "max_new_tokens": preset.max_new_tokens}}))
-    return runs
+def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, domains=None, pools=None, kd: dict | None = None,
+         split: str = "test", rate: float | None = None, arms=None) -> list[tuple[dict, dict]]:
+    """Runs of an experiment, as labels and configuration: its :data:`~kdlib.presets.ARMS` side by side; by default the preset's grid.
 
-
-def domain_grid(preset: Preset, domains, budgets, seeds, pools, world: int, split: str = "test", recipes=RECIPES, rate=None) -> list:
-    """Runs of the two-stage study: every recipe with the largest of ``pools``; at the middle budget, with all, those that read it.
-
-    Every recipe trains as many steps. Its domain teacher is tuned on the same human answers before it answers the pool's prompts.
+    In a domain, the teacher is tuned on the same human answers before it answers the pool's prompts; the arms that read those run with
+    the largest of ``pools``, and at the middle budget with all.
     """
-    runs, d, middle = [], preset.domain, sorted(budgets)[len(budgets) // 2]
-    shared = {"experiment": "two_stage_domain", "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"]}
-    for domain, budget, seed in ((d, b, s) for d in sorted(domains) for b in budgets for s in seeds):
-        human = {"set": f"{domain}/train", "budget": budget, "seed": seed}
-        tuning = {**METHODS["sft"], **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
-        teacher = {"start": model_spec(preset, d["teacher"], world), "phases": [_phase(preset, [human], **tuning)]}
-        for pool, (recipe, stages) in ((p, r) for p in pools for r in recipes.items()):
-            parts, reads = {"human": human}, any("synthetic" in rows for rows, _ in stages)
-            if pool < max(pools) and (budget != middle or not reads):
+    d = preset.domain if experiment == "two_stage_domain" else {}
+    usual, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, []
+    budgets, seeds, domains, pools = (sorted(set(given or usual[k])) for given, k in (
+        (budgets, "budgets"), (seeds, "seeds"), (domains, "names"), (pools, "pools")))
+    for domain, budget, seed, pool, (method, name) in product(domains, budgets, seeds, pools, arms or ARMS[experiment]):
+        human = {"set": f"{domain}/train" if d else "train", "budget": budget, "seed": seed}
+        teacher = model_spec(preset, name, world) if (name := d.get("teacher", name)) else None
+        if d:
+            tuning = {**METHODS["sft"], **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
+            teacher = {"start": teacher, "phases": [_phase(preset, [human], **tuning)]}
+        said = {**_said(preset, f"{domain}/pool" if d else "train", teacher), "budget": pool or budget, "seed": seed}
+        stages, parts = RECIPES[method], {"human": human, "synthetic": said}
+        if not (reads := d and any("synthetic" in rows for rows, _ in stages)) or budget != budgets[len(budgets) // 2]:
+            if pool != pools[-1]:
                 continue
-            parts["synthetic"] = _said(preset, f"{domain}/pool", teacher) | {"budget": pool, "seed": seed}
-            phases = [_phase(preset, [parts[part] for part in rows.split("+")], teacher if method == "kd" else None, **METHODS[method], seed=seed,
-                             learning_rate=rate or preset.rate(d["learning_rate"][f"{rows}_{method}"], budget), steps=d["steps"] // len(stages))
-                      for rows, method in stages]
-            labels = {"method": recipe, "teacher": d["teacher"], "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
-            runs.append((shared | labels, {"start": model_spec(preset, d["student"], world), "phases": phases,
-                                           "evaluate": {"on": f"{domain}/{split}", "max_new_tokens": preset.max_new_tokens}}))
+        phases = []
+        for rows, how in stages:
+            rates = d["learning_rate"][f"{rows}_{how}"] if d else preset.learning_rate[how]
+            phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, **{
+                **METHODS[how], **(kd if how == "kd" and kd else {})}, seed=seed, learning_rate=rate or preset.rate(rates, budget),
+                steps=usual["steps"] // len(stages)))
+        labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"],
+                  "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
+        evaluate = {"on": f"{domain}/{split}" if d else split, "max_new_tokens": preset.max_new_tokens}
+        runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases, "evaluate": evaluate}))
     return runs
 
 

@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 from test_stats import ACC, BPB, runs
 
 from kdlib import plots, stats
-from kdlib.presets import ARMS, RECIPES
+from kdlib.presets import ARMS
 
 matplotlib.use("agg")
 
@@ -25,10 +25,9 @@ def texts(fig):
     return [t.get_text() for ax in fig.axes for t in [*ax.texts, ax.title, *ax.get_xticklabels()]]
 
 
-@pytest.mark.parametrize("experiment", [*ARMS, "two_stage_domain"])
+@pytest.mark.parametrize("experiment", ARMS)
 def test_arms_of_a_figure_differ_in_colour_marker_and_line(experiment):
-    arms = [" ".join(filter(None, arm)) for arm in ARMS[experiment]] if experiment in ARMS else RECIPES
-    looks = [plots.STYLE[arm] for arm in arms]
+    looks = [plots.STYLE[" ".join(filter(None, arm))] for arm in ARMS[experiment]]
     for key in ("color", "marker", "label"):
         assert len({look[key] for look in looks}) == len(looks)
     assert len({(look["linestyle"], look["marker"]) for look in looks}) == len(looks)

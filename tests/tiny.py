@@ -24,7 +24,7 @@ TINY = changed(
 
 def plan(root, train_missing: bool = True, workers: int = 2, experiment: str = "data_budget") -> study.Plan:
     """The tiny study in ``root``."""
-    runs = study.grid(TINY, experiment, TINY.budgets, TINY.seeds, 0)
+    runs = study.grid(TINY, experiment, 0)
     return study.Plan(TINY, tuple(runs), store.open_folder(root), True, train_missing, workers)
 
 
@@ -32,7 +32,7 @@ def sweep(preset: Preset, root) -> study.Plan:
     """The runs of the notebook on learning rates."""
     s = preset.sweep
     runs = [({**labels, "experiment": "lr_sweep"}, config) for rate in s["learning_rates"] for labels, config in
-            study.grid(preset, "data_budget", s["budgets"], s["seeds"], s["world_seed"], split="validation", rate=rate)]
+            study.grid(preset, "data_budget", s["world_seed"], s["budgets"], s["seeds"], split="validation", rate=rate)]
     return study.Plan(preset, tuple(runs), store.open_folder(root), True, False, 0)
 
 
