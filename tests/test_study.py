@@ -419,9 +419,15 @@ def test_the_real_text_is_rendered_without_cutting_an_answer(tmp_path):
 
 def test_the_sweep_crosses_rates_methods_budgets_and_seeds(tmp_path):
     planned = sweep(TINY, tmp_path / "r")
-    combos = {(c["phases"][0]["learning_rate"], r["method"], r["budget"], r["seed"]) for r, c in planned.runs}
-    assert combos == {(rate, method, 20, 100) for rate in (1e-3, 2e-3) for method in ("sft", "kd")}
-    assert {c["evaluate"]["on"] for c in planned.configs} == {"validation"}
+    combos = {(c["phases"][0]["learning_rate"], r["method"], r["teacher"], r["budget"], r["seed"]) for r, c in planned.runs if not r["domain"]}
+    arms = (("sft", None), ("kd", "base"), ("seq_kd", "strong"))
+    assert combos == {(rate, *arm, 20, 100) for rate in (1e-3, 2e-3) for arm in arms}
+    recipes = {(c["phases"][0]["learning_rate"], r["method"], r["domain"], r["budget"], r["seed"]) for r, c in planned.runs if r["domain"]}
+    single = ("human_sft", "human_kd", "synthetic_sft", "synthetic_kd", "mixture")
+    assert recipes == {(rate, recipe, domain, budget, 100) for rate in (1e-3, 2e-3) for recipe in single
+                       for domain in TINY.domain["names"] for budget in TINY.domain["budgets"]}
+    assert len(planned.runs) == len(combos) + len(recipes) == len(set(planned.ids))
+    assert {c["evaluate"]["on"] for c in planned.configs} == {"validation", "market/validation", "clinic/validation"}
     assert {r["world_seed"] for r, _ in planned.runs} == {stages.data_of(c)["world_seed"] for c in planned.configs} == {900}
 
 
@@ -440,7 +446,6 @@ def test_the_presets_rates_lie_inside_the_committed_sweeps_grid(name):
     planned = sweep(preset, root)
     assert len(results.read_records(root, name, planned.ids)) == len(planned.ids), "the committed sweep is complete"
     rates = sorted(preset.sweep["learning_rates"])
-    for method in ("sft", "kd"):
-        choice = preset.learning_rate[method]
-        assert list(choice) == preset.sweep["budgets"]
+    for method, choice in [*preset.learning_rate.items(), *preset.domain.get("learning_rate", {}).items()]:
+        assert list(choice) == (preset.sweep["budgets"] if method in preset.learning_rate else preset.domain["budgets"])
         assert rates[0] < min(choice.values()) <= max(choice.values()) < rates[-1], f"{method}'s rates lie inside the grid"

@@ -2,7 +2,9 @@
 
 import sys
 
-from kdlib import store, study
+import nbformat
+
+from kdlib import presets, results, store, study
 from kdlib.presets import PRESETS, Preset
 
 SMOKE = PRESETS["smoke"]
@@ -29,11 +31,13 @@ def plan(root, train_missing: bool = True, workers: int = 2, experiment: str = "
 
 
 def sweep(preset: Preset, root) -> study.Plan:
-    """The runs of the notebook on learning rates."""
-    s = preset.sweep
-    runs = [({**labels, "experiment": "lr_sweep"}, config) for rate in s["learning_rates"] for labels, config in
-            study.grid(preset, "data_budget", s["world_seed"], s["budgets"], s["seeds"], split="validation", rate=rate)]
-    return study.Plan(preset, tuple(runs), store.open_folder(root), True, False, 0)
+    """The runs of the notebook on learning rates, as its own cell plans them."""
+    notebook = nbformat.read(results.REPOSITORY / "notebooks" / "07_learning_rates.ipynb", 4)
+    cell, = (c for c in notebook.cells if c.id == "07-05")
+    reported = study.Plan(preset, tuple(study.grid(preset, "data_budget", 0)), store.open_folder(root), True, False, 0)
+    names = {"reported": reported, "s": preset.sweep, "d": preset.domain, "train_missing": False, "workers": 0, "study": study, "presets": presets}
+    exec(cell.source, names)
+    return names["plan"]
 
 
 if __name__ == "__main__":
