@@ -21,7 +21,7 @@ OPTIONS = {"svg.hashsalt": "kdlib", "font.size": 10, "axes.spines.top": False, "
 axes = matplotlib.rc_context(OPTIONS)(lambda width=6.4, height=4.0: plt.subplots(figsize=(width, height)))
 
 
-def _lines(ax, runs: pd.DataFrame, value: str, by: str, x: str, label: str, looks: dict) -> tuple[pd.DataFrame, list]:
+def lines(ax, runs: pd.DataFrame, value: str, by: str, x: str, label: str, looks: dict) -> tuple[pd.DataFrame, list]:
     """One line for each value of ``by`` in ``looks``: mean and t interval over seeds, seeds as dots. Returns what is drawn, and names."""
     tables, ends, arms = [], [], [arm for arm in looks if arm in set(runs[by])]
     for place, arm in enumerate(arms):
@@ -30,7 +30,7 @@ def _lines(ax, runs: pd.DataFrame, value: str, by: str, x: str, label: str, look
         table = pd.DataFrame(found, columns=[by, x, "mean", "ci_low", "ci_high", "n_seeds"])
         mean, shift = table["mean"], 1.06 ** (place - (len(arms) - 1) / 2)
         ax.errorbar(table[x] * shift, mean, [mean - table.ci_low, table.ci_high - mean], capsize=3, markersize=6,
-                    **{k: v for k, v in look.items() if k != "label"})
+                    **look)
         ax.scatter(own[x] * shift * 1.03, own[value], s=9, color=look["color"], alpha=0.45, linewidths=0)
         ends.append((mean.iloc[-1], look["label"], look["color"]))
         tables.append(table)
@@ -54,7 +54,7 @@ def _names(ax, ends: list[tuple]) -> None:
 def score_vs_budget(frame: pd.DataFrame, metric: Metric, by: str = "method", x: str = "budget", label: str = "training examples (log scale)"):
     """Score against ``x``, one line for each value of ``by``; dotted lines for the untuned student and for a teacher that all share."""
     fig, ax = axes()
-    table, ends = _lines(ax, frame, metric.name, by, x, label, STYLE)
+    table, ends = lines(ax, frame, metric.name, by, x, label, STYLE)
     for column, name in (("untuned", "untuned student"), ("teacher", "teacher")):
         if len(values := frame.get(f"{column}_{metric.name}", pd.Series(dtype=float)).dropna().unique()) == 1:
             ax.axhline(values[0], color="0.5", linewidth=1, linestyle=":")
@@ -73,10 +73,11 @@ def gap_vs_budget(gaps: pd.DataFrame, metric: Metric, arms: tuple = ()):
     ax.axhline(0, color="0.3", linewidth=1)
     looks = {a: STYLE[a] for a in arms} or {"gap": {"color": "#333333", "marker": "D", "linestyle": "-", "label": ""}}
     own = gaps if arms else gaps.assign(arm="gap")
-    table, ends = _lines(ax, own, "gap", "arm", "budget", "training examples (log scale)", looks)
+    table, ends = lines(ax, own, "gap", "arm", "budget", "training examples (log scale)", looks)
     for text, lift in (("better than SFT ↑" if arms else "KD better ↑", 7), ("worse ↓" if arms else "SFT better ↓", -7)):
-        ax.annotate(text, (0.01 if arms else 1.01, 0), xytext=(0, lift), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    va="center", fontsize=9, color="0.3")
+        at = {"xy": (0.99, 0.97 if lift > 0 else 0.03), "xycoords": "axes fraction", "ha": "right"} if arms else {
+            "xy": (1.01, 0), "xycoords": ("axes fraction", "data"), "xytext": (0, lift), "textcoords": "offset points"}
+        ax.annotate(text, va="center", fontsize=9, color="0.3", **at)
     _names(ax, ends)
     ax.set_ylabel(metric.gap_label)
     ax.set_title(f"Paired gap by data budget: mean, 95% interval, {table.n_seeds.min()} seeds (dots);\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from kdlib.presets import Metric
+from kdlib.presets import RECIPES, Metric
 
 DECISIVE_SEEDS = 5
 
@@ -105,14 +105,52 @@ def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
             claim("C1b", f"fall of the {metric.gap_label} per doubling of the budget", -slopes, faded, gaps, frame)]
 
 
-def over_worlds(claims: list[dict]) -> dict:
+def teacher_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
+    """C2 of one world by its two contrasts at the largest budget: KD from the strong teacher leads SFT, and KD from the base teacher."""
+    claims, largest, name = [], frame[frame.budget == frame.budget.max()], metric.label.split(" (")[0]
+    for number, baseline, words in (("C2a", "sft", "SFT"), ("C2b", "kd base", "KD from the base teacher")):
+        gaps = paired_gaps(largest, metric, "kd strong", baseline, "arm")
+        contrast = f"{name}, KD from the strong teacher − {words}, at budget {frame.budget.max()}"
+        claims.append(claim(number, contrast, gaps.gap, metric.delta, gaps, frame))
+    return claims
+
+
+def domain_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
+    """C3 of one world, with the largest pool: two stages lead every recipe of one stage, as a mean over budgets, at Holm's levels."""
+    claims, frame = [], frame[frame.pool.isna() | (frame.pool == frame.pool.max())]
+    for domain, runs in frame.groupby("domain"):
+        gaps = {one: paired_gaps(runs, metric, "kd_then_sft", one) for one, stages in RECIPES.items() if len(stages) == 1 and one in set(runs.method)}
+        by_seed = {f"C3 {domain} − {one}": g.groupby("seed").gap.mean() for one, g in gaps.items()}
+        levels = holm_levels(by_seed)
+        for (name, values), (one, g) in zip(by_seed.items(), gaps.items()):
+            contrast = f"accuracy in the {domain}, kd_then_sft − {one}, mean over budgets"
+            claims.append(claim(name, contrast, values, metric.delta, g, runs, levels[name]))
+    return claims
+
+
+def holm_levels(samples: dict) -> dict[str, float]:
+    """The level of each name's interval over its differences, so that those without zero are what Holm's procedure rejects."""
+    p, levels, step = {name: paired_interval(values).p for name, values in samples.items()}, {}, len(samples)
+    for name in sorted(p, key=p.get):
+        levels[name] = 1 - 0.05 / step
+        step -= p[name] <= 0.05 / step  # the first that is not rejected ends it
+    return levels
+
+
+def together(name: str, claims: list[dict]) -> dict:
+    """A claim that holds where all of ``claims`` do, as the weakest of them: refuted if one is."""
+    order = ("refuted", "inconclusive", "no meaningful difference", "supported")
+    return {**min(claims, key=lambda c: (order.index(c["verdict"].split(": ")[-1]), c["ci_low"])), "claim": name}
+
+
+def over_worlds(claims: list[dict], level: float = 0.95) -> dict:
     """One claim over several worlds, the world as a random effect: in a balanced design the t interval of the worlds' means.
 
     Their variance holds the worlds' and the seeds' (Searle, Casella & McCulloch 1992, section 3.6). ValueError on unlike claims.
     """
     if len({(c["contrast"], c["n_seeds"]) for c in claims}) > 1:
         raise ValueError("Worlds are compared by one contrast over as many seeds each; some differ.")
-    i, first = paired_interval([c["estimate"] for c in claims]), claims[0]
+    i, first = paired_interval([c["estimate"] for c in claims], level), claims[0]
     low, high = (float(f"{v:.6g}") for v in i[1:3])
     return {**first, "world_seeds": sorted(w for c in claims for w in c["world_seeds"]), "estimate": float(f"{i.estimate:.6g}"),
             "ci_low": low, "ci_high": high, "verdict": verdict(low, high, first["delta"], first["n_seeds"]),

@@ -153,9 +153,14 @@ def run(plan: Plan) -> list[dict]:
     print(f"{len(have)} of {len(plan.ids)} runs found in {plan.preset.name}/runs; {len(missing)} to train.")
     _check_one_origin(plan, found)
     if missing and not plan.train_missing:
-        which = ", ".join(f"{k} {v}" for k, v in missing[0][0].items() if v is not None)
-        raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs are missing, first {which}; allowed: True, or "
-                         "a folder that holds them.")
+        absent: dict = {}
+        for r, _ in missing:
+            arm = " ".join(filter(None, (r["domain"], r["method"], r["teacher"])))
+            pool = f" with {r['pool']} labelled" if r["pool"] else ""
+            absent.setdefault(f"{arm} at {r['budget']}{pool}", []).append(str(r["seed"]))
+        which = "; ".join(f"{cell} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})" for cell, seeds in absent.items())
+        raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing: "
+                         f"{which}; allowed: True, or a folder that holds them.")
     if missing:
         from kdlib import stages
 
