@@ -18,18 +18,32 @@ def markdown(head, rows) -> str:
 
 
 def claims(root: Path) -> str:
-    """The verdicts on all claims."""
-    rows = [[c["preset"], c["claim"], c["contrast"], f"{c['estimate']:+.4f}", f"[{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]",
-             str(c["n_seeds"]), ", ".join(map(str, c["world_seeds"])), c["verdict"]]
-            for p in sorted(root.glob("*/claims.json")) for c in results.read_claims(p.parent)]
-    return markdown(["preset", "claim", "contrast", "estimate", "95% interval", "seeds", "world", "verdict"], rows)
+    """The verdicts, one table a preset: one row a claim, one column a world, and all worlds together."""
+    tables = []
+    for preset in sorted(p.name for p in root.iterdir() if (p / "runs").is_dir()):
+        files = [p for p in (root / preset / "claims.json", *(root / preset).glob("world-*/claims.json")) if p.exists()]
+        found = {(c["claim"], tuple(c["world_seeds"])): c for p in files for c in results.read_claims(p.parent)}
+        worlds = sorted({w for _, w in found}, key=lambda w: (len(w), w))
+        names = [name for name in dict.fromkeys(name for name, _ in sorted(found)) if " − " not in name]  # those are parts of C3
+        rows = [[name, next(c["contrast"] for (n, _), c in found.items() if n == name), *(cell(found.get((name, w))) for w in worlds)] for name in names]
+        if rows:
+            titles = [f"world {w[0]}" if len(w) == 1 else f"worlds {', '.join(map(str, w))}" for w in worlds]
+            tables.append(f"**{preset}**\n\n" + markdown(["claim", "contrast", *titles], rows))
+    return "\n\n".join(tables)
+
+
+def cell(claim: dict | None) -> str:
+    """Verdict, estimate and interval of a claim."""
+    return claim and f"{claim['verdict']}<br>{claim['estimate']:+.4f} [{claim['ci_low']:+.4f}, {claim['ci_high']:+.4f}]" or ""
 
 
 def skills(root: Path) -> str:
-    """What each verdict of the lab owes to one skill."""
+    """What each verdict of the lab's world 0 owes to one skill."""
     table, lines = pd.read_csv(root / "lab" / "tables" / "without_skill.csv"), []
     for claim in results.read_claims(root / "lab"):
         rows = table[(table.claim == claim["claim"]) & (table.verdict != claim["verdict"])]
+        if claim["world_seeds"] != [0] or claim["claim"] not in set(table.claim):
+            continue
         changes = [f"*{r.verdict}* without `{r.left_out}` ({r.estimate:+.4f} [{r.ci_low:+.4f}, {r.ci_high:+.4f}])"
                    for r in rows.itertuples()]
         least = table[table.claim == claim["claim"]].sort_values("estimate").iloc[0]
@@ -38,6 +52,20 @@ def skills(root: Path) -> str:
         lines.append(f"* {claim['claim']} is *{claim['verdict']}* over all skills, and "
                      f"{'would be ' + ', '.join(changes) if changes else stays}.")
     return "\n".join(lines)
+
+
+def seeds(root: Path) -> str:
+    """How many paired seeds decide, by preset and claim."""
+    found = {(p.parent.name, c["claim"][:2], c["n_seeds"]) for p in root.glob("*/claims.json") for c in results.read_claims(p.parent)}
+    return "Paired seeds: " + "; ".join(f"{preset} {claim} {n}" for preset, claim, n in sorted(found)) + "."
+
+
+def teachers(root: Path) -> str:
+    """The lab's teachers in its first world."""
+    table = pd.read_csv(root / "lab" / "tables" / "teachers.csv")
+    rows = [[r.teacher, *(f"{getattr(r, k):.3f}" for k in ("teacher_accuracy", "teacher_nll", "teacher_entropy", "teacher_ece", "advantage"))]
+            for r in table.itertuples()]
+    return markdown(["teacher", "accuracy", "NLL (nats a token)", "entropy", "calibration error", "accuracy − SFT student's"], rows)
 
 
 def engine(root: Path) -> str:
@@ -85,7 +113,7 @@ def losses(root: Path) -> str:
     return markdown(["loss over", "naive", "in chunks", "of 16 rows", "of 64", "of 256"], rows)
 
 
-BLOCKS = {"claims": claims, "skills": skills, "engine": engine, "caches": caches, "batching": batching, "losses": losses}
+BLOCKS = {"claims": claims, "seeds": seeds, "skills": skills, "teachers": teachers, "engine": engine, "caches": caches, "batching": batching, "losses": losses}
 
 
 def generated(text: str, root: Path) -> str:

@@ -47,7 +47,8 @@ def text_of(cells):
 
 
 def test_the_notebooks_are_there():
-    assert [p.stem for p in NOTEBOOKS] == ["00_start_here", "01_losses", "02_data_budget", "07_learning_rates"] and EXPERIMENTS
+    assert [p.stem for p in NOTEBOOKS] == [
+        "00_start_here", "01_losses", "02_data_budget", "03_teacher_strength", "04_two_stage_domain", "05_report", "07_learning_rates"]
 
 
 @by_name(NOTEBOOKS)
@@ -134,7 +135,7 @@ def test_smoke_run_trains_and_what_it_shows_is_what_it_recorded(smoke):
         assert f"{c['claim']}: {c['verdict']}." in shown and f"{c['estimate']:+.4f}" in shown
     assert all(c["verdict"].startswith("exploratory") for c in claims)
     made = {p.name for p in (plan.folder / "figures").iterdir()}
-    assert made == {f"{n}.{e}" for n in ("score_vs_budget", "gap_vs_budget", "skill_gaps") for e in ("png", "svg", "csv")}
+    assert made >= {f"{n}.{e}" for n in ("score_vs_budget", "gap_vs_budget", "skill_gaps") for e in ("png", "svg", "csv")}
     assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
 
 
@@ -148,6 +149,56 @@ def test_one_changed_parameter_gives_a_new_answer_beside_the_old(smoke):
     assert len(list((folder / "results" / "smoke" / "variants").glob("*/claims.json"))) == 1
 
 
+@pytest.fixture(scope="module")
+def smoke_teachers(smoke):
+    """Notebook 03 beside 02, whose models and runs it shares."""
+    folder, _ = smoke
+    return folder, run(FOLDER / "03_teacher_strength.ipynb", folder / "03.ipynb", preset="smoke", results_dir=str(folder / "results"))
+
+
+def test_teachers_are_compared_and_c2_needs_both_contrasts(smoke_teachers):
+    folder, nb = smoke_teachers
+    plan = study.plan("teacher_strength", {"preset": "smoke", "results_dir": str(folder / "results"), "train_missing": False})
+    assert "8 of 20 runs found" in text_of(code(nb)), "SFT and KD from the base teacher are the runs of notebook 02"
+    frame = results.frame(study.run(plan))
+    claims = stats.teacher_claims(frame, plan.preset.scored)
+    stored = {c["claim"]: c for c in results.read_claims(plan.folder)}
+    assert [stored[c["claim"]] for c in claims] == claims and stored["C2"] == stats.together("C2", claims) and {"C1a", "C1b"} <= set(stored)
+    shown = text_of(tagged(nb, "verdict"))
+    assert all(f"{c['claim']}: {c['verdict']}. {c['contrast']}: {c['estimate']:+.4f}" in shown for c in claims)
+    assert f"C2, which needs both: {stored['C2']['verdict']}" in shown
+    table = pd.read_csv(plan.folder / "tables" / "teachers.csv").set_index("teacher")
+    for name in ("weak", "base", "strong"):
+        row = next(r for r in study.run(plan) if r["method"] == "kd" and r["teacher"] == name)
+        for key in ("teacher_accuracy", "teacher_nll", "teacher_entropy", "teacher_ece"):
+            assert table.loc[name, key] == pytest.approx(row["metrics"][key], rel=1e-4)
+    made = {p.stem for p in (plan.folder / "figures").iterdir()}
+    assert made >= {"gap_by_teacher", "gain_vs_advantage", "words_or_distributions"}
+
+
+def test_two_stages_are_compared_with_every_recipe_in_every_domain(smoke_teachers):
+    folder, _ = smoke_teachers
+    nb = run(FOLDER / "04_two_stage_domain.ipynb", folder / "04.ipynb", preset="smoke", results_dir=str(folder / "results"))
+    plan = study.plan("two_stage_domain", {"preset": "smoke", "results_dir": str(folder / "results"), "train_missing": False})
+    claims = stats.domain_claims(results.frame(study.run(plan)), plan.preset.scored)
+    stored, shown = {c["claim"]: c for c in results.read_claims(plan.folder)}, text_of(tagged(nb, "verdict"))
+    assert len(claims) == 10 and [stored[c["claim"]] for c in claims] == claims
+    for domain in ("clinic", "market"):
+        whole = stats.together(f"C3 {domain}", [c for c in claims if f" {domain} " in c["claim"]])
+        assert stored[f"C3 {domain}"] == whole and f"C3 {domain}, which needs all: {whole['verdict']}" in shown
+    made = {p.stem for p in (plan.folder / "figures").iterdir()}
+    assert made >= {"recipes_clinic", "recipes_market", "pool_clinic", "pool_market", "two_stages_minus_one"}
+    assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
+
+
+def test_the_report_draws_nothing_from_an_incomplete_grid(smoke_teachers, tmp_path):
+    folder, _ = smoke_teachers
+    shutil.copytree(folder / "results", tmp_path / "results")
+    with pytest.raises(papermill.PapermillExecutionError, match=r"8 of 8 runs of world 1 are missing: sft at 100 \(seeds 0, 1\)"):
+        run(FOLDER / "05_report.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
+    assert not (tmp_path / "results" / "smoke" / "report").exists()
+
+
 def test_start_here_trains_its_comparison_live(smoke, tmp_path):
     folder, _ = smoke
     nb = run(FOLDER / "00_start_here.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(folder / "results"))
@@ -157,15 +208,16 @@ def test_start_here_trains_its_comparison_live(smoke, tmp_path):
 
 def test_a_sweep_runs_what_is_missing_and_says_what_it_chose(tmp_path):
     nb = run(FOLDER / "07_learning_rates.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
-    assert "8 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
+    assert "72 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
     table = pd.read_csv(tmp_path / "results" / "smoke" / "tables" / "lr_sweep.csv")
     records = study.run(sweep(PRESETS["smoke"], tmp_path / "results"))
     frame = results.frame(records)
-    for (method, budget), rows in table.groupby(["method", "budget"]):
-        scores = frame[(frame.method == method) & (frame.budget == budget)].set_index("learning_rate").accuracy
-        assert rows.set_index("learning_rate").score.to_dict() == pytest.approx(scores.to_dict())
+    for (part, method, budget), rows in table.groupby(["part", "method", "budget"]):
+        own = frame[(frame.method == method) & (frame.budget == budget) & (frame.domain.isna() == (part == "general"))]
+        scores = own.groupby("learning_rate").accuracy.mean()
+        assert rows.set_index("learning_rate").score.to_dict() == pytest.approx(scores.to_dict(), rel=1e-4)
         best, = rows[rows.chosen].learning_rate
-        assert best == min(r for r, v in scores.items() if v == scores.max())
+        assert best == scores[scores == scores.max()].index.min()
         assert f"{budget}: {best}" in text_of(tagged(nb, "verdict"))
 
 
@@ -180,6 +232,10 @@ def test_losses_with_other_parameters(tmp_path):
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "budgets: [0, 100]"], "budgets=[0, 100] is not allowed"),
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "seeds: [3]"], "seeds=[3] is not allowed"),
     ("02_data_budget", ["-p", "sedes", "3"], "Unknown parameter 'sedes'"),
+    ("03_teacher_strength", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher; allowed: smoke, lab"),
+    ("04_two_stage_domain", ["-p", "preset", "smoke", "-y", "domains: [bank]"], "domains=['bank'] is not allowed; allowed: a list of market, clinic"),
+    ("05_report", ["-p", "preset", "smoke", "-y", "worlds: [1]"], "worlds=[1] is not allowed; allowed: a list of at least two"),
+    ("05_report", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher"),
     ("07_learning_rates", ["-p", "preset", "huge"], "preset='huge' is not allowed; allowed: smoke, lab, realtext"),
     ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False")])
 def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, arguments, message):
