@@ -23,7 +23,9 @@ study: $(READY)
 	  case $$nb in *07_*) which=;; *) which="-p world_seed $$world";; esac; \
 	  $(BIN)/papermill $$nb "$$folder/.unfinished-$$$$.ipynb" -p preset $(PRESET) $$which -p results_dir "$(OUT)" \
 	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; \
-	  mv -f "$$folder/.unfinished-$$$$.ipynb" "$$folder/$$(basename $$nb)"; done; done
+	  mv -f "$$folder/.unfinished-$$$$.ipynb" "$$folder/$$(basename $$nb)"; done; done; \
+	case "$(WORLDS) $$able" in *,*04_*) $(BIN)/papermill notebooks/05_report.ipynb "$(OUT)/$(PRESET)/notebooks/05_report.ipynb" \
+	  -p preset $(PRESET) -p results_dir "$(OUT)" -y "worlds: [$(WORLDS)]" --no-progress-bar;; esac
 	@$(BIN)/python .ci/readme.py "$(OUT)"
 
 smoke:
