@@ -46,14 +46,11 @@ def execute(job: tuple[str, Path, dict]) -> None:
     papermill.execute_notebook(str(NOTEBOOKS / notebook), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3")
 
 
-def shown(path: Path) -> list[tuple[str, list]]:
+def shown(path: Path) -> list[tuple[str, str, list]]:
     """What a notebook's cells print and show, those aside whose output is no result."""
-    def plain(output):
-        return output.get("text") or {k: v for k, v in output.get("data", {}).items() if k != "image/svg+xml"}
-
     skipped = {"nbval-ignore-output", "injected-parameters", "data-text"}
-    return [(c.id, [plain(o) for o in c.outputs]) for c in nbformat.read(path, 4).cells
-            if c.cell_type == "code" and not skipped & set(c.metadata.get("tags", []))]
+    return [(c.id, "".join(o.get("text", "") for o in c.outputs), [o.data for o in c.outputs if "data" in o])
+            for c in nbformat.read(path, 4).cells if c.cell_type == "code" and not skipped & set(c.metadata.get("tags", []))]
 
 
 def differences(root: Path) -> list[str]:
