@@ -139,6 +139,17 @@ def test_the_readmes_claims_are_those_of_the_results():
 LABPROSE
 
 
+@pytest.mark.parametrize("arguments, last", [
+    (["smoke", "0,1"], "notebooks/02_data_budget.ipynb notebooks/03_teacher_strength.ipynb notebooks/04_two_stage_domain.ipynb"),
+    (["realtext", "0"], "notebooks/02_data_budget.ipynb"),
+    (["lab", "a"], "ValueError: WORLDS='a' is not allowed; allowed: whole numbers with commas between, as in 0,1,2."),
+    (["realtext", "0,1"], "ValueError: world_seed=1 is not allowed; allowed: 0, because preset 'realtext' has one world.")])
+def test_make_study_runs_what_a_preset_is_able_to_do(tmp_path, arguments, last):
+    notebooks = [f"notebooks/{p.name}" for p in sorted((ROOT / "notebooks").glob("0[2-4]_*.ipynb"))]
+    done = subprocess.run([sys.executable, str(ROOT / ".ci" / "experiments.py"), *arguments, str(tmp_path), *notebooks], capture_output=True, text=True)
+    assert (done.stderr or done.stdout).strip() == last
+
+
 def test_the_readmes_files_and_make_targets_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text()
