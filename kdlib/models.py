@@ -1,5 +1,6 @@
 """From-scratch Llamas by name, their tokenizers (with a chat template that marks the assistant's tokens), and loading."""
 
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,14 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from kdlib.presets import check
 
-LADDER = {name: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape)) for name, shape in {
-    "nano": (64, 2, 4), "micro": (96, 3, 4), "student": (64, 2, 4), "teacher": (128, 4, 4),
-    "text-student": (96, 4, 3), "text-teacher": (160, 5, 5)}.items()}
-SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unk|>"}
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
-                 "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+TEXT = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+LADDER, SPECIAL, ROLES, CHAT_TEMPLATE = (TEXT[k] for k in ("ladder", "special", "roles", "chat_template"))
 
 
 def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), vocab_size: int = 4096) -> PreTrainedTokenizerFast:
