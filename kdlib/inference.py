@@ -1,6 +1,7 @@
 """What a causal LM says: its hidden states or logits at chosen positions only, and its own answers."""
 
 from contextlib import ExitStack, contextmanager, suppress
+from unittest.mock import patch  # an attribute for a while, and then what was there
 
 import torch
 from torch import nn
@@ -50,24 +51,8 @@ def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> to
 
     The model's own forward runs as it is, so whatever it does to logits stays in force.
     """
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:]))
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:])):
         return (model if wrapped is None else wrapped)(**taken(inputs)).logits
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _doing(module, forward):
-    """``module`` with another ``forward`` for a while."""
-    own = vars(module).get("forward")  # of a library that hooks modules
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        vars(module).update({"forward": own} if own else {})
 
 
 def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
@@ -84,11 +69,11 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
         return results[0].sum() * hidden.new_ones(1, 1, 1)
 
     with ExitStack() as stack:
-        stack.enter_context(_doing(head, forward))
+        stack.enter_context(patch.object(head, "forward", forward))
         if norm is not None:
             dense, last = feed_forward.forward, norm.forward
-            stack.enter_context(_doing(feed_forward, lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
-            stack.enter_context(_doing(norm, lambda x: last(x[where])[None]))
+            stack.enter_context(patch.object(feed_forward, "forward", lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
+            stack.enter_context(patch.object(norm, "forward", lambda x: last(x[where])[None]))
         (model if wrapped is None else wrapped)(**taken(inputs))
     return results[0]
 
@@ -134,7 +119,7 @@ def linear_head(model) -> dict | None:
             ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, head).logits).to(own.dtype)
         except (TypeError, ValueError, RuntimeError, IndexError):  # the layout of Llama by name alone
             return None
-        with _doing(module, lambda hidden: large.expand(*hidden.shape[:-1], -1)):
+        with patch.object(module, "forward", lambda hidden: large.expand(*hidden.shape[:-1], -1)):
             shaped = model(**inputs, use_cache=False).logits[0]
     return found if _close(own, ours) and _close(shaped, head.shape(large).expand_as(shaped)) else None
 
@@ -168,17 +153,14 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None
     inner = getattr(model, "get_base_model", lambda: model)()  # of adapters, which write to it
-    habits = model.generation_config, inner.generation_config  # a model's top_p or penalties are not its distribution
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         ids, seen = (pad_sequence([torch.tensor(row(prompts[i])) for i in chunk], True, filler, "left").to(model.device)
                      for row, filler in ((list, pad_token_id or 0), (lambda p: [1] * len(p), 0)))
-        try:
-            model.generation_config = GenerationConfig()
+        with (patch.object(inner, "generation_config", GenerationConfig()),  # a model's top_p or penalties are not its distribution
+              patch.object(model, "generation_config", GenerationConfig())):
             out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
                                  eos_token_id=eos_token_id, **how)[:, ids.shape[1]:].tolist()
-        finally:
-            model.generation_config, inner.generation_config = habits
         for i, answer in zip(chunk, out):
             answers[i] = answer[:answer.index(eos_token_id) + 1] if eos_token_id in answer else answer
     return answers
