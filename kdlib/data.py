@@ -98,11 +98,8 @@ def nested_order(skills: list[str], seed: int) -> list[int]:
 def stream(pools: list[list[int]], steps: int, batch_size: int, seed: int) -> list[int]:
     """``steps * batch_size`` row numbers: shuffled passes over each of ``pools``, which take turns; the order a training run sees."""
     rng = random.Random(f"stream {seed}")
-    needed, passes = steps * batch_size, []
-    for pool in pools:
-        passes.append([])
-        while len(passes[-1]) * len(pools) < needed:
-            passes[-1] += rng.sample(pool, len(pool))
+    needed = steps * batch_size
+    passes = [[row for _ in range(0, needed, len(pool) * len(pools)) for row in rng.sample(pool, len(pool))] for pool in pools]
     return [row for turn in zip(*passes) for row in turn][:needed]
 
 

@@ -82,12 +82,11 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     items |= {"nll": [round(v, 4) for v in nll], "bytes": [len(a.encode()) for a in answers]}
     own = {skill: [i for i, s in enumerate(items["skill"]) if s == skill] for skill in sorted(set(items["skill"]))}
     by_skill = {skill: bits_per_byte([nll[i] for i in places], [answers[i] for i in places]) for skill, places in own.items()}
-    metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers),
-                "bits_per_byte_by_skill": by_skill, "top1": float(scores["correct"].mean()),
-                "ece": calibration_error(scores["confidence"], scores["correct"])}
+    mean = {name: float(values.mean()) for name, values in scores.items()}
+    metrics |= {"nll": mean["nll"], "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
+                "top1": mean["correct"], "ece": calibration_error(scores["confidence"], scores["correct"])}
     if clean is not None:
         metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())
     if teacher is not None:
-        metrics |= {"teacher_nll": float(scores["teacher_nll"].mean()), "top1_agreement": float(scores["agree"].mean()),
-                    "teacher_entropy": float(scores["teacher_entropy"].mean())}
+        metrics |= {"teacher_nll": mean["teacher_nll"], "top1_agreement": mean["agree"], "teacher_entropy": mean["teacher_entropy"]}
     return metrics, items

@@ -35,10 +35,7 @@ def taken(batch: dict) -> dict:
 
 
 def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(mask, targets)``: positions (B, L) of ``input_ids`` whose next token is a response token, and those tokens (N,).
-
-    ``labels`` are (B, L), or one wider where a row's last token is a label only.
-    """
+    """``(mask, targets)``: positions (B, L) whose next token is a response token, and those tokens (N,); ``labels`` may be one wider."""
     nxt = torch.full_like(batch["input_ids"], IGNORE)
     found = batch["labels"][:, 1:]
     nxt[:, :found.shape[1]] = found
@@ -47,10 +44,7 @@ def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> torch.Tensor:
-    """Logits (N, V) that predict the response tokens; ``mask`` (B, L) marks the positions that predict one.
-
-    The model's own forward runs as it is, so whatever it does to logits stays in force.
-    """
+    """Logits (N, V) at ``mask`` (B, L), which predict the response tokens, from the model's own forward with all that it does to them."""
     with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:])):
         return (model if wrapped is None else wrapped)(**taken(inputs)).logits
 

@@ -34,9 +34,8 @@ def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> Llama
     """A freshly initialised model of the ladder; ``seed`` alone decides its weights. Raises ValueError on a name unknown."""
     check("model", name, str, ", ".join(LADDER), LADDER.__contains__)
     feed_forward = -(-LADDER[name]["hidden_size"] * 8 // 48) * 16  # 8/3 of it as in Llama, rounded up to a multiple of 16
-    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, tie_word_embeddings=True, bos_token_id=None,
-                         max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id,
-                         eos_token_id=tokenizer.eos_token_id, **LADDER[name])
+    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, max_position_embeddings=max_length, tie_word_embeddings=True,
+                         bos_token_id=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **LADDER[name])
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)
 
