@@ -68,8 +68,7 @@ def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False) -> 
         report["response_tokens"] += response
         rows.append((i, *fitted))
     kept = dataset.select([i for i, _, _ in rows])
-    kept = kept.add_column("input_ids", [ids for _, ids, _ in rows]).add_column("labels", [ls for _, _, ls in rows])
-    return kept, report
+    return kept.add_column("input_ids", [ids for _, ids, _ in rows]).add_column("labels", [ls for _, _, ls in rows]), report
 
 
 def pack(texts: list[str], tokenizer, block: int, max_tokens: int | None = None) -> Dataset:

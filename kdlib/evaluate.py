@@ -4,7 +4,6 @@ import math
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from kdlib.data import Collator
@@ -41,11 +40,11 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
         mask, targets = response_rows(batch)
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
-        log_q = F.log_softmax(response_logits(model, batch, mask).float(), -1)
+        log_q = torch.log_softmax(response_logits(model, batch, mask).float(), -1)
         best, guess = log_q.max(-1)
         part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "correct": guess == targets}
         if teacher is not None:
-            log_p = F.log_softmax(response_logits(teacher, batch, mask).float(), -1)
+            log_p = torch.log_softmax(response_logits(teacher, batch, mask).float(), -1)
             part |= {"teacher_nll": -log_p.gather(1, targets[:, None])[:, 0], "agree": log_p.argmax(-1) == guess,
                      "teacher_entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
         parts.append({k: v.float().cpu() for k, v in part.items()})

@@ -4,7 +4,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from unittest.mock import patch  # an attribute for a while, and then what was there
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -101,7 +100,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def linear_head(model) -> dict | None:
     """``scale`` and ``softcap`` with which :class:`~kdlib.losses.Head` gives the model's logits, as tried; None if it cannot."""
     module, config = model.get_output_embeddings(), model.config
-    if type(module) is not nn.Linear:
+    if type(module) is not torch.nn.Linear:
         return None
     found = {"scale": getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1),
              "softcap": getattr(config, "final_logit_softcapping", None)}
@@ -139,10 +138,7 @@ def keeps_rows_apart(model) -> bool:
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, temperature: float = 0.0,
              batch_size: int = 256, vocabulary: int | None = None) -> list[list[int]]:
-    """Answers (token ids, the end token included if it came) to ``prompts``, greedy at temperature 0, else sampled.
-
-    Prompts of like length go together, padded on the left; keys and values are kept. No token from ``vocabulary`` on is said.
-    """
+    """Answers (token ids, with the end token if it came) to ``prompts``, greedy at temperature 0, else sampled, below ``vocabulary``."""
     answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None

@@ -1,10 +1,9 @@
 """The lab world: a seeded, procedural instruction world in plain text, with a verifier for every answer.
 
-Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse),
-another language (translate), precise instructions (name). Two domains have skills of their own, which only base text knows: a
-*market* (labels, cheaper, ranking of goods) and a *clinic* (remedy, visit, plan for animals in towns). Annotators answer in several
-styles and slip at a stated rate. What the test and validation splits ask, the training split never does; a third of the phrasings
-are *unseen*.
+Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse), another
+language (translate), precise instructions (name). Two domains have their own, which only base text knows: a *market* (labels, cheaper,
+ranking of goods) and a *clinic* (remedy, visit, plan for animals in towns). Annotators answer in several styles and slip at a stated rate.
+Training never asks what the test and validation splits do; a third of the phrasings are *unseen*.
 """
 
 import random

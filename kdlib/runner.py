@@ -5,8 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed, wait
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -35,7 +34,7 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
                 future.result()
                 bar.set_description_str(f"{done} of {len(tasks)} tasks", refresh=False)
                 bar.update(futures[future].cost)
-        except BrokenProcessPool as error:
+        except BrokenExecutor as error:
             raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from error
         finally:
             wait([future for future in futures if not future.cancel()])

@@ -3,10 +3,9 @@
 ``prepare(student, tokenizer, dataset, objective, device)`` checks before training all that can be checked and returns the common
 vocabulary; ``targets(inputs, mask)`` are a batch's teacher rows as :mod:`kdlib.losses` takes them.
 
-A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits; ``hidden``,
-what the teacher's LM head reads and that head once, as exact and smaller in large vocabularies; ``top_k``, the k largest
-log-probabilities and all others in one bucket, which never overstates the divergence; ``sampled``, k tokens drawn from it, unbiased
-in forward KL (Anshumann et al. 2025, arXiv 2503.16870).
+A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits; ``hidden``, what the
+teacher's LM head reads and that head once, as exact and smaller in large vocabularies; ``top_k``, the k largest log-probabilities and the
+rest in one bucket, which never overstates the divergence; ``sampled``, k drawn tokens, unbiased in forward KL (arXiv 2503.16870).
 """
 
 import hashlib
@@ -19,7 +18,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors.torch import load_file, save_file
 
@@ -175,7 +173,7 @@ def _pack(model, batch, mask, spec: dict, generator) -> dict:
     logits = inference.response_logits(model, batch, mask)[:, :spec["vocabulary"]].float()
     if spec["form"] == "full":
         return {"logits": logits.to(kind)}
-    log_p = F.log_softmax(logits / spec["temperature"], -1)
+    log_p = torch.log_softmax(logits / spec["temperature"], -1)
     if spec["form"] == "sampled":
         ids = torch.multinomial(log_p.exp().cpu(), spec["k"], replacement=True, generator=generator)
         return {"ids": ids.to(small), "entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
@@ -196,8 +194,7 @@ class Cached:
         if self.spec["form"] == "hidden":
             self.head = load_file(store.check_files(self.folder / "head") / "head.safetensors")
         store.check_files(self.folder / "vocabulary")
-        self.shards, self.place = [], {}
-        k = self.spec.get("k")
+        self.shards, self.place, k = [], {}, self.spec.get("k")
         self.widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "ids": k, "log_probs": k, "entropy": 1, "log_tail": 1}
         complete = json.loads(done.read_text())
         if complete.get("spec") != store.digest(self.spec):
@@ -206,8 +203,8 @@ class Cached:
             table = load_from_disk(store.check_files(self.folder / f"shard-{number:05d}")).data
             columns = {n: table.column(n).chunk(0) for n in table.column_names}  # as it lies in the file, not a copy
             arrays = {n: (c.offsets.to_numpy(), c.values.to_numpy()) for n, c in columns.items() if n in self.widths}
-            for i, (key, marks) in enumerate(zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())):
-                self.place[key] = number, i, marks
+            rows = zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())
+            self.place |= {key: (number, i, tokens) for i, (key, tokens) in enumerate(rows)}
             self.shards.append(arrays)
         self.bytes_per_token = sum(self.widths[n] * values.itemsize for arrays in self.shards[:1] for n, (_, values) in arrays.items())
 

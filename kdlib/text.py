@@ -65,10 +65,8 @@ def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validati
     ``test`` source, one row in twenty is held out, by a hash of its prompt. Validation rows come from the training source.
     """
     pool, read = _conversations(train)
-    if test.get("hub") or os.environ.get("KDLIB_DATA"):
-        held, _ = _conversations(test)
-    else:
-        held = {p: r for p, r in pool.items() if zlib.crc32(p.encode()) % 20 == 0}
+    apart = test.get("hub") or os.environ.get("KDLIB_DATA")
+    held = _conversations(test)[0] if apart else {p: r for p, r in pool.items() if zlib.crc32(p.encode()) % 20 == 0}
     overlap = pool.keys() & held.keys()
     rows = [pool[p] for p in sorted(pool.keys() - overlap, key=lambda p: zlib.crc32(p.encode()))]
     tests = sorted(held.values(), key=lambda r: zlib.crc32(r["id"].encode()))[:test_rows]

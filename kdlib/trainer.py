@@ -19,11 +19,11 @@ from kdlib.teachers import Live
 class DistillationTrainer(Trainer):
     """Trainer for (1−α)·CE + α·T²·D(teacher, student) over response tokens.
 
-    Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with the settings of
-    :class:`~kdlib.losses.Objective`. On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the
-    batches takes the student's own samples for answers, of at most ``max_new_tokens``, and a live teacher's word on them. The sum
-    over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Batches are by
-    default :class:`~kdlib.data.Collator`'s, packed where the model keeps rows apart. ValueError before training on what does not fit.
+    Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with an :class:`~kdlib.losses.Objective`.
+    On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the batches takes the student's own samples for
+    answers, of at most ``max_new_tokens``, and a live teacher's word on them. Losses are means over the response tokens of the whole
+    optimizer step, on all devices. Batches are by default :class:`~kdlib.data.Collator`'s, packed where the model keeps rows apart.
+    ValueError before training on what does not fit.
     """
 
     loss_is_scaled_for_ga = True
