@@ -68,8 +68,7 @@ def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False) -> 
         report["response_tokens"] += response
         rows.append((i, *fitted))
     kept = dataset.select([i for i, _, _ in rows])
-    kept = kept.add_column("input_ids", [ids for _, ids, _ in rows]).add_column("labels", [ls for _, _, ls in rows])
-    return kept, report
+    return kept.add_column("input_ids", [ids for _, ids, _ in rows]).add_column("labels", [ls for _, _, ls in rows]), report
 
 
 def pack(texts: list[str], tokenizer, block: int, max_tokens: int | None = None) -> Dataset:
@@ -98,11 +97,8 @@ def nested_order(skills: list[str], seed: int) -> list[int]:
 def stream(pools: list[list[int]], steps: int, batch_size: int, seed: int) -> list[int]:
     """``steps * batch_size`` row numbers: shuffled passes over each of ``pools``, which take turns; the order a training run sees."""
     rng = random.Random(f"stream {seed}")
-    needed, passes = steps * batch_size, []
-    for pool in pools:
-        passes.append([])
-        while len(passes[-1]) * len(pools) < needed:
-            passes[-1] += rng.sample(pool, len(pool))
+    needed = steps * batch_size
+    passes = [[row for _ in range(0, needed, len(pool) * len(pools)) for row in rng.sample(pool, len(pool))] for pool in pools]
     return [row for turn in zip(*passes) for row in turn][:needed]
 
 

@@ -4,7 +4,6 @@ import math
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from kdlib.data import Collator
@@ -41,11 +40,11 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
         mask, targets = response_rows(batch)
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
-        log_q = F.log_softmax(response_logits(model, batch, mask).float(), -1)
+        log_q = torch.log_softmax(response_logits(model, batch, mask).float(), -1)
         best, guess = log_q.max(-1)
         part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "correct": guess == targets}
         if teacher is not None:
-            log_p = F.log_softmax(response_logits(teacher, batch, mask).float(), -1)
+            log_p = torch.log_softmax(response_logits(teacher, batch, mask).float(), -1)
             part |= {"teacher_nll": -log_p.gather(1, targets[:, None])[:, 0], "agree": log_p.argmax(-1) == guess,
                      "teacher_entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
         parts.append({k: v.float().cpu() for k, v in part.items()})
@@ -82,12 +81,11 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     items |= {"nll": [round(v, 4) for v in nll], "bytes": [len(a.encode()) for a in answers]}
     own = {skill: [i for i, s in enumerate(items["skill"]) if s == skill] for skill in sorted(set(items["skill"]))}
     by_skill = {skill: bits_per_byte([nll[i] for i in places], [answers[i] for i in places]) for skill, places in own.items()}
-    metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers),
-                "bits_per_byte_by_skill": by_skill, "top1": float(scores["correct"].mean()),
-                "ece": calibration_error(scores["confidence"], scores["correct"])}
+    mean = {name: float(values.mean()) for name, values in scores.items()}
+    metrics |= {"nll": mean["nll"], "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
+                "top1": mean["correct"], "ece": calibration_error(scores["confidence"], scores["correct"])}
     if clean is not None:
         metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())
     if teacher is not None:
-        metrics |= {"teacher_nll": float(scores["teacher_nll"].mean()), "top1_agreement": float(scores["agree"].mean()),
-                    "teacher_entropy": float(scores["teacher_entropy"].mean())}
+        metrics |= {"teacher_nll": mean["teacher_nll"], "top1_agreement": mean["agree"], "teacher_entropy": mean["teacher_entropy"]}
     return metrics, items

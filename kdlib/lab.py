@@ -1,10 +1,9 @@
 """The lab world: a seeded, procedural instruction world in plain text, with a verifier for every answer.
 
-Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse),
-another language (translate), precise instructions (name). Two domains have skills of their own, which only base text knows: a
-*market* (labels, cheaper, ranking of goods) and a *clinic* (remedy, visit, plan for animals in towns). Annotators answer in several
-styles and slip at a stated rate. What the test and validation splits ask, the training split never does; a third of the phrasings
-are *unseen*.
+Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse), another
+language (translate), precise instructions (name). Two domains have their own, which only base text knows: a *market* (labels, cheaper,
+ranking of goods) and a *clinic* (remedy, visit, plan for animals in towns). Annotators answer in several styles and slip at a stated rate.
+Training never asks what the test and validation splits do; a third of the phrasings are *unseen*.
 """
 
 import random
@@ -56,11 +55,9 @@ class World:
         self.cure = {w: (rng.choice(WORDS["colour"]), rng.choice(WORDS["job"])) for w in WORDS["animal"]}
         self.herb = {town: rng.choice(WORDS["food"]) for town in TOWNS}
         self.unseen |= {skill: set(rng.sample(range(6), 2)) for own in DOMAINS.values() for skill in own}
-        small = {"recall": [f"{p} {r}" for p in NAMES for r in self.pools], "two_hop": list(NAMES),
-                 "classify": [w for members in WORDS.values() for w in members],
-                 "name": [" ".join(kinds) for kinds in permutations(WORDS, 3)]}
-        self.bucket = {(skill, key): 10 * i // len(keys)
-                       for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
+        small = {"recall": [f"{p} {r}" for p in NAMES for r in self.pools], "two_hop": NAMES,
+                 "classify": [w for members in WORDS.values() for w in members], "name": list(map(" ".join, permutations(WORDS, 3)))}
+        self.bucket = {(skill, key): 10 * i // len(keys) for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
 
     def question(self, skill: str, rng: random.Random) -> Question:
         """Draw one question of ``skill``."""
@@ -146,8 +143,7 @@ class World:
 
     _remedy = partialmethod(_animals, count=1, say=lambda self, animals, town: f"{self.cure[animals[0]][0]} {self.herb[town]}")
     _visit = partialmethod(_animals, count=1, say=lambda self, animals, town: f"{self.cure[animals[0]][1]} to {town}")
-    _plan = partialmethod(_animals, count=2, say=lambda self, animals, town: " ".join(
-        [self.herb[town], *(self.cure[w][0] for w in animals)]))
+    _plan = partialmethod(_animals, count=2, say=lambda self, animals, town: " ".join([self.herb[town], *(self.cure[w][0] for w in animals)]))
 
     def verify(self, row: dict, response: str) -> bool:
         """True if ``response``, without its style, answers ``row`` (``skill``, ``answer``); any words of the kinds for ``name``."""

@@ -133,9 +133,8 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
     return _row_losses(logits, targets, teacher, objective).sum() / torch.as_tensor(num_items, device=logits.device).clamp(min=1)
 
 
-def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor, teacher=None, *,
-                             num_items: int | torch.Tensor, vocabulary: int | None = None, chunk_size: int | None = None,
-                             **settings) -> torch.Tensor:
+def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor, teacher=None, *, num_items: int | torch.Tensor,
+                             vocabulary: int | None = None, chunk_size: int | None = None, **settings) -> torch.Tensor:
     """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, holding at most ``chunk_size`` rows of each one's logits.
 
     Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the

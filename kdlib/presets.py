@@ -22,23 +22,11 @@ class Metric(NamedTuple):
         return f"gap in {self.label.split(' (')[0]} ({'KD − SFT' if self.higher_is_better else 'SFT − KD'})"
 
 
-METRICS = {"accuracy": Metric("accuracy", "accuracy (macro over skills)", True, 0.01),
-           "bits_per_byte": Metric("bits_per_byte", "bits per byte of human answers", False, 0.01)}
-
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")  # of divergence
-METHODS = {"sft": {"alpha": 0.0, "temperature": 1.0},  # alpha is the weight of the teacher in the loss; everything else is equal
-           "kd": {"alpha": 1.0, "temperature": 1.0},
-           "seq_kd": {"alpha": 0.0, "temperature": 1.0}}  # SFT on the teacher's own words (Kim & Rush 2016)
-RECIPES = {  # stages of equally many steps, each with its rows and method
-    "sft": (("human", "sft"),), "kd": (("human", "kd"),), "seq_kd": (("synthetic", "seq_kd"),),
-    "human_sft": (("human", "sft"),), "human_kd": (("human", "kd"),), "synthetic_sft": (("synthetic", "sft"),),
-    "synthetic_kd": (("synthetic", "kd"),), "mixture": (("human+synthetic", "kd"),),
-    "sft_then_kd": (("human", "sft"), ("synthetic", "kd")), "kd_then_sft": (("synthetic", "kd"), ("human", "sft")),
-    "kd_then_kd": (("synthetic", "kd"), ("human", "kd"))}
-ARMS = {  # of an experiment: recipes and teachers (in a domain, the one that its preset names)
-    "data_budget": (("sft", None), ("kd", "base")), "lr_sweep": (("sft", None), ("kd", "base"), ("seq_kd", "strong")),
-    "teacher_strength": (("sft", None), ("kd", "weak"), ("kd", "base"), ("kd", "strong"), ("seq_kd", "strong")),
-    "two_stage_domain": tuple((recipe, None) for recipe in list(RECIPES)[3:])}
+TABLES = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text("utf-8"))  # which explains them
+KINDS, METHODS = tuple(TABLES["kinds"]), TABLES["methods"]
+METRICS = {name: Metric(name, **metric) for name, metric in TABLES["metrics"].items()}
+RECIPES = {name: tuple(tuple(stage.split()) for stage in stages) for name, stages in TABLES["recipes"].items()}
+ARMS = {name: tuple((*arm.split(), None)[:2] for arm in arms) for name, arms in TABLES["arms"].items()}
 
 
 def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):

@@ -5,8 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed, wait
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -26,36 +25,27 @@ def compute(tasks: list[Task], workers: int = 0) -> None:
     In processes here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task
     that fails stops the rest from starting; what runs finishes, and the error is raised.
     """
-    failure, done = None, 0
     bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0, smoothing=0,
                bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
-    with (Ray if os.environ.get("RAY_ADDRESS") else Processes)(workers) as pool, bar:
+    with (Ray() if os.environ.get("RAY_ADDRESS") else _processes(workers)) as pool, bar:
         futures = {pool.submit(t.function, *t.arguments): t for t in tasks}
-        for future in as_completed(futures):
-            try:
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
                 future.result()
-                done += 1
                 bar.set_description_str(f"{done} of {len(tasks)} tasks", refresh=False)
                 bar.update(futures[future].cost)
-            except Exception as error:
-                failure = failure or error
-                for other in futures:
-                    other.cancel()
-    if isinstance(failure, BrokenProcessPool):
-        raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from failure
-    if failure:
-        raise failure
+        except BrokenExecutor as error:
+            raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from error
+        finally:
+            wait([future for future in futures if not future.cancel()])
 
 
-class Processes(ProcessPoolExecutor):
-    """Worker processes on this machine, each on one thread."""
+def _processes(workers: int) -> ProcessPoolExecutor:
+    import torch
 
-    def __init__(self, workers: int):
-        import torch
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.workers = workers or (1 if torch.accelerator.is_available() else cores)
-        super().__init__(self.workers, multiprocessing.get_context("spawn"), _start_worker)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usual = 1 if torch.accelerator.is_available() else cores
+    return ProcessPoolExecutor(workers or usual, multiprocessing.get_context("spawn"), _start_worker)
 
 
 def _start_worker() -> None:
@@ -76,14 +66,13 @@ def _quiet() -> None:
 class Ray(Executor):
     """The Ray cluster that RAY_ADDRESS names, over one results folder; a dead worker's task is done again, up to three times."""
 
-    def __init__(self, workers: int):
+    def __init__(self):
         try:
             import ray
         except ImportError as error:
             raise ValueError("RAY_ADDRESS asks for Ray, which is missing; pip install 'kdlib[cluster]', or unset it.") from error
         ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         devices = int(ray.cluster_resources().get("GPU", 0))
-        self.workers = workers or devices or int(ray.cluster_resources()["CPU"])
         task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
         remote = task(lambda function, arguments: _quiet() or function(*arguments))
         self.submit = lambda function, *arguments: remote.remote(function, arguments).future()

@@ -63,10 +63,9 @@ def path(root: Path, spec: dict) -> Path:
 
 def make(root: Path, spec: dict) -> Path:
     """Make an artefact, and all that it is made from, unless it is there, and return its folder."""
-    build = {"data": _build_data, "base": _build_base, "model": _build_model, "targets": _build_targets, "answers": _build_answers}
-    kind = path(root, spec).name.split("-")[0]
-    origin = _source(spec, "origin")() if kind == "data" else None
-    return store.artefact(root, kind, spec, lambda folder: build[kind](root, spec, folder), origin)
+    build = {"data": _build_data, "base": _build_model, "model": _build_model, "targets": _build_targets, "answers": _build_answers}
+    kind, origin = path(root, spec).name.split("-")[0], _source(spec, "origin")() if "source" in spec else None
+    return store.artefact(root, kind, spec, partial(build[kind], root, spec), origin)
 
 
 def _source(spec: dict, name: str) -> Callable:
@@ -101,9 +100,9 @@ def read_data(root: Path, spec: dict) -> SimpleNamespace:
     """Data: ``tokenizer``, ``report``, ``verify`` (None: nobody can), ``rows(name)``, ``rows(name, "clean")`` (without a slip, or None)."""
     folder, world = make(root, spec), getattr(SOURCES[spec["source"]["kind"]], "World", None)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left")
     return SimpleNamespace(
-        report=report, held=[name for name in report if name.endswith(("validation", "test"))],
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left"),
+        report=report, held=[name for name in report if name.endswith(("validation", "test"))], tokenizer=tokenizer,
         verify=world(spec["world_seed"]).verify if world else None,
         rows=lambda name, kind="sets": load_from_disk(folder / kind / name) if (folder / kind / name).is_dir() else None)
 
@@ -147,23 +146,17 @@ def fit(model, tokenizer, rows: list[dict], pools: list[list[int]], how: dict, *
     return seen, loss
 
 
-def _build_base(root: Path, spec: dict, folder: Path) -> None:
-    p, known = spec["pretrain"], read_data(root, spec["data"])
-    texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
-    blocks = data.pack(texts, known.tokenizer, p["block"], p["max_tokens"]).to_list()
-    model = models.build_model(p["model"], known.tokenizer, p["seed"])
-    fit(model, known.tokenizer, blocks, [list(range(len(blocks)))], p)
-    _save(model, known, folder)
-
-
 def _build_model(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = models.load(make(root, spec["start"]), models.device())
-    for phase in spec["phases"]:
-        tune(root, model, tokenizer, phase, data_of(spec))
-    _save(model, read_data(root, data_of(spec)), folder)
-
-
-def _save(model, known: SimpleNamespace, folder: Path) -> None:
+    known = read_data(root, data_of(spec))
+    if p := spec.get("pretrain"):
+        texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
+        blocks = data.pack(texts, known.tokenizer, p["block"], p["max_tokens"]).to_list()
+        model = models.build_model(p["model"], known.tokenizer, p["seed"])
+        fit(model, known.tokenizer, blocks, [list(range(len(blocks)))], p)
+    else:
+        model, _ = models.load(make(root, spec["start"]), models.device())
+        for phase in spec["phases"]:
+            tune(root, model, known.tokenizer, phase, data_of(spec))
     model.save_pretrained(folder)
     known.tokenizer.save_pretrained(folder)
     own = {name: evaluate.evaluate(model, known.tokenizer, known.rows(name), verify=known.verify)[0] for name in known.held}
@@ -221,9 +214,9 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
         own = json.loads((path(root, model) / "evaluation.json").read_text(encoding="utf-8"))[split] if model else {}
         metrics |= {f"{name}_{k}": v for k, v in own.items()}
     metric = METRICS["accuracy" if known.verify else "bits_per_byte"]
-    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(),
-                  "artefacts": {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items()
-                                if n.startswith(("data", "base", "model"))}, "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
+    made = {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
+    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made,
+                  "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
                   "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
                   "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
                   "tokens": sum(len(r["input_ids"]) for r in seen), "data_report": known.report,

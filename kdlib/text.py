@@ -40,22 +40,20 @@ def load_rows(source: dict) -> list[dict]:
     try:
         rows = load_dataset(source["hub"], source.get("hub_config"), split="train")
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
-        raise FileNotFoundError(
-            f"Neither the hub nor local data can be reached for {source['hub']!r} ({type(error).__name__}): connect to the "
-            f"internet (or log in), or set KDLIB_DATA to a folder that holds {source['local']!r}.") from error
+        raise FileNotFoundError(f"Neither the hub nor local data can be reached for {source['hub']!r} ({type(error).__name__}): connect to the "
+                                f"internet (or log in), or set KDLIB_DATA to a folder that holds {source['local']!r}.") from error
     return [{"id": f"{source['hub']}-{i}", **row} for i, row in enumerate(rows)]
 
 
-def to_messages(row: dict) -> list[dict]:
-    """The conversation of a row: ``messages``, or ``instruction``/``context``/``response`` (Dolly's columns)."""
+def to_messages(row: dict, where: str = "") -> list[dict]:
+    """The conversation of a row: ``messages``, or ``instruction``/``context``/``response`` (Dolly's columns). ValueError, from ``where``."""
     if messages := row.get("messages"):
-        fine = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+        fine = isinstance(messages, list) and all(isinstance(m, dict) and {type(m.get(k)) for k in ("role", "content")} == {str} for m in messages)
         if not fine or not any(m["role"] == "assistant" for m in messages):
-            raise ValueError(f"Row {row.get('id')!r}: messages must be objects with texts 'role' and 'content', one of them an assistant's.")
+            raise ValueError(f"{where}Row {row.get('id')!r}: messages must be objects with texts 'role' and 'content', one of them an assistant's.")
         return messages
     if not row.get("instruction") or not row.get("response"):
-        raise ValueError(f"Row {row.get('id')!r} has no 'messages' and no 'instruction' with 'response', but {sorted(row)}.")
+        raise ValueError(f"{where}Row {row.get('id')!r} has no 'messages' and no 'instruction' with 'response', but {sorted(row)}.")
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("context")) if part)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["response"]}]
 
@@ -67,10 +65,8 @@ def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validati
     ``test`` source, one row in twenty is held out, by a hash of its prompt. Validation rows come from the training source.
     """
     pool, read = _conversations(train)
-    if test.get("hub") or os.environ.get("KDLIB_DATA"):
-        held, _ = _conversations(test)
-    else:
-        held = {p: r for p, r in pool.items() if zlib.crc32(p.encode()) % 20 == 0}
+    apart = test.get("hub") or os.environ.get("KDLIB_DATA")
+    held = _conversations(test)[0] if apart else {p: r for p, r in pool.items() if zlib.crc32(p.encode()) % 20 == 0}
     overlap = pool.keys() & held.keys()
     rows = [pool[p] for p in sorted(pool.keys() - overlap, key=lambda p: zlib.crc32(p.encode()))]
     tests = sorted(held.values(), key=lambda r: zlib.crc32(r["id"].encode()))[:test_rows]
@@ -98,10 +94,7 @@ def _conversations(source: dict) -> tuple[dict[str, dict], int]:
     """Rows by prompt, the first of each, and how many were read."""
     rows, out = load_rows(source), {}
     for row in rows:
-        try:
-            messages = to_messages(row)
-        except ValueError as error:
-            raise ValueError(f"{source['local' if os.environ.get('KDLIB_DATA') else 'hub']}: {error}") from error
+        messages = to_messages(row, f"{source['local' if os.environ.get('KDLIB_DATA') else 'hub']}: ")
         found = source.get("category_in_id") and re.match(source["category_in_id"], str(row.get("id")))
         kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
         prompt = "\n".join(m["content"].strip() for m in messages if m["role"] != "assistant")

@@ -62,7 +62,7 @@ def test_a_bucket_never_overstates_and_more_tokens_come_closer(student, teacher,
     assert found[0] < found[1] < found[2] <= live + 1e-5 and live - found[2] < 0.5 * (live - found[0])
 
 
-def test_sampling_is_unbiased_in_loss_and_gradient_where_top_k_is_not(student, teacher, tokenizer, examples, tmp_path):
+def test_sampling_is_unbiased_in_loss_and_gradient(student, teacher, tokenizer, examples, tmp_path):
     live = loss_and_gradient(Live(teacher, tokenizer), student, tokenizer, examples)
     draws = [loss_and_gradient(cache(tmp_path / str(s), teacher, tokenizer, examples, form="sampled", k=16, seed=s), student, tokenizer, examples)
              for s in range(40)]
@@ -71,8 +71,6 @@ def test_sampling_is_unbiased_in_loss_and_gradient_where_top_k_is_not(student, t
     mean = torch.stack([d[1] for d in draws]).mean(0)
     noise = torch.stack([d[1] for d in draws]).std(0).norm() / math.sqrt(len(draws))
     assert (mean - live[1]).norm() < 2 * noise
-    biased = loss_and_gradient(cache(tmp_path / "top", teacher, tokenizer, examples, k=16, tail="renormalise"), student, tokenizer, examples)
-    assert (biased[1] - live[1]).norm() > 5 * (mean - live[1]).norm()
 
 
 def test_targets_are_found_by_id_whatever_the_order(student, teacher, tokenizer, examples, tmp_path):
@@ -128,8 +126,6 @@ def test_every_mismatch_is_refused_with_its_reason(student, teacher, tokenizer, 
     refused("temperature=2.0 but the cache .* has 1.0; allowed: that, or an exact cache", objective=Objective(temperature=2.0))
     refused("kind='jsd' with a sampled cache would be biased", objective=Objective(kind="jsd"),
             source=cache(tmp_path / "s", teacher, tokenizer, examples, form="sampled", k=4))
-    refused("kind='reverse_kl' is infinite where", objective=Objective(kind="reverse_kl"),
-            source=cache(tmp_path / "r", teacher, tokenizer, examples, k=4, tail="renormalise"))
     with pytest.raises(ValueError, match="was made with another teacher; give a folder of its own"):
         cache(tmp_path / "c", student, tokenizer, examples, k=4)
 
@@ -153,7 +149,7 @@ def test_a_damaged_cache_is_refused(teacher, tokenizer, examples, tmp_path, dama
         Cached(folder)
 
 
-@pytest.mark.parametrize("how, message", [({"form": "zip"}, "form='zip' is not allowed; allowed: full, hidden, top_k, sampled"), ({"tail": "drop"}, "tail='drop'"),
+@pytest.mark.parametrize("how, message", [({"form": "zip"}, "form='zip' is not allowed; allowed: full, hidden, top_k, sampled"),
                                           ({"k": 0}, "k=0 is not allowed"), ({"k": 10**6}, "k=1000000"), ({"dtype": "int8"}, "dtype='int8'"),
                                           ({"temperature": 0.0}, "temperature=0.0")])
 def test_bad_settings_are_named(teacher, tokenizer, examples, tmp_path, how, message):

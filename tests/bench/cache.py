@@ -20,8 +20,7 @@ from kdlib.presets import METHODS, PRESETS
 FORMS = {
     "full float32": {"form": "full", "dtype": "float32"}, "full float16": {"form": "full"},
     "hidden float32": {"form": "hidden", "dtype": "float32"}, "hidden float16": {"form": "hidden"},
-    "top 16, bucket": {"form": "top_k", "k": 16}, "top 16, renormalised": {"form": "top_k", "k": 16, "tail": "renormalise"},
-    "sampled 16": {"form": "sampled", "k": 16}}
+    "top 16, bucket": {"form": "top_k", "k": 16}, "sampled 16": {"form": "sampled", "k": 16}}
 
 
 def batches_of(rows, size=32):
