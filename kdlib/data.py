@@ -109,10 +109,9 @@ def example_key(identifier: str) -> int:
 
 @dataclass
 class Collator:
-    """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids.
-
-    With ``pack`` rows share sequences where that saves a tenth of all tokens, and ``position_ids`` start anew in each: rows of up to
-    63 tokens two by two, longer ones all in one without padding, for which ``rows`` are their lengths.
+    """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids. With
+    ``pack`` rows share sequences where that saves a tenth of all tokens, and ``position_ids`` start anew in each: rows of up to 63 tokens two
+    by two, longer ones all in one without padding, for which ``rows`` are their lengths.
     """
 
     pad_token_id: int

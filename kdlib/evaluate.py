@@ -24,12 +24,6 @@ def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> li
     return [int(verify(row, reply)) for row, reply in zip(rows.remove_columns(["messages", "input_ids", "labels"]), said)]
 
 
-def macro(outcomes: list[int], groups: list[str]) -> tuple[float, dict[str, float]]:
-    """``(mean over groups of the group means, the group means)``."""
-    means = pd.Series(outcomes, dtype=float).groupby(groups).mean().to_dict()
-    return sum(means.values()) / len(means), means
-
-
 @torch.inference_mode()
 def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -> dict[str, torch.Tensor]:
     """By response token: ``row``, ``nll`` (nats), ``confidence``, ``correct``; with a ``teacher`` its nll, entropy, and ``agree``."""
@@ -72,9 +66,10 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
     if verify:
         items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
+        means = pd.Series(items["correct"], dtype=float).groupby([items["suite"], items["skill"]]).mean()
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
-            if pairs := [(c, k) for c, s, k in zip(items["correct"], rows["suite"], rows["skill"]) if s == suite]:
-                metrics[name], metrics[f"{name}_by_skill"] = macro(*map(list, zip(*pairs)))
+            if parts := means.get(suite, pd.Series()).to_dict():
+                metrics |= {name: sum(parts.values()) / len(parts), f"{name}_by_skill": parts}
     scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id, teacher)
     nll = torch.zeros(len(rows)).index_add_(0, scores["row"].long(), scores["nll"]).tolist()
     answers = ["".join(m["content"] for m in ms if m["role"] == "assistant") for ms in rows["messages"]]

@@ -49,9 +49,8 @@ def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> to
 
 
 def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
-    """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass.
-
-    There, parameters that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
+    """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass. There, parameters
+    that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
     """
     results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
     where = mask.nonzero(as_tuple=True)

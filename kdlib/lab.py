@@ -9,10 +9,10 @@ Training never asks what the test and validation splits do; a third of the phras
 import random
 import tomllib
 import zlib
+from collections import namedtuple
 from functools import partialmethod
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
 
 from datasets import Dataset, concatenate_datasets
 
@@ -28,13 +28,7 @@ FILLER = frozenset(w for styles in STYLES.values() for style in styles for w in 
 SLIP_RATE, LARGEST = 0.2, 20
 
 
-class Question(NamedTuple):
-    """One thing to ask: ``key`` identifies the content, ``slip`` is a plausible wrong answer."""
-
-    key: str
-    slots: dict
-    answer: str
-    slip: str
+Question = namedtuple("Question", "key slots answer slip")  # key identifies the content, slots fill the phrasings, slip is plausible but wrong
 
 
 class World:
@@ -58,10 +52,6 @@ class World:
         small = {"recall": [f"{p} {r}" for p in NAMES for r in self.pools], "two_hop": NAMES,
                  "classify": [w for members in WORDS.values() for w in members], "name": list(map(" ".join, permutations(WORDS, 3)))}
         self.bucket = {(skill, key): 10 * i // len(keys) for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
-
-    def question(self, skill: str, rng: random.Random) -> Question:
-        """Draw one question of ``skill``."""
-        return getattr(self, "_" + skill)(rng)
 
     def _recall(self, rng):
         p, r = rng.choice(NAMES), rng.choice(list(self.pools))
@@ -161,9 +151,9 @@ class World:
 
     def example(self, skill: str, split: str, suite: str, rng: random.Random) -> dict:
         """One instruction row: ``messages`` with an annotator's answer, and what the verifier needs."""
-        question = self.question(skill, rng)
+        question = (draw := getattr(self, f"_{skill}"))(rng)
         while self.split_of(skill, question.key) != split:
-            question = self.question(skill, rng)
+            question = draw(rng)
         phrasing = rng.choice([i for i in range(6) if (i in self.unseen[skill]) == (suite == "unseen")])
         prompt = PHRASINGS[skill][phrasing].format(**question.slots)
         styles = STYLES[next((name for name, own in DOMAINS.items() if skill in own), "general")]
@@ -195,7 +185,7 @@ class World:
             if rng.random() < 0.125:
                 out.append(self.example(skill, "train", "seen", rng)["messages"][0]["content"])
             else:
-                question = self.question(skill, rng)
+                question = getattr(self, f"_{skill}")(rng)
                 out.append(rng.choice(STATEMENTS[skill]).format(**question.slots, answer=question.answer))
         return out
 
@@ -210,10 +200,8 @@ def vocabulary() -> list[str]:
 
 def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: int, unseen_rows: int, annotated_rows: int,
            unlabelled_rows: int, domain_rows: int) -> Corpus:
-    """The lab world as a :class:`~kdlib.data.Corpus`, the form that real data takes too.
-
-    Beside train, validation and test, every domain has ``train`` (``annotated_rows``), ``pool`` (``unlabelled_rows`` prompts, whose
-    answers nobody is to see), ``validation`` and ``test`` (up to ``domain_rows`` each), named as in ``market/pool``.
+    """The lab world as a :class:`~kdlib.data.Corpus`. Beside train, validation and test, every domain has ``train`` (``annotated_rows``),
+    ``pool`` (``unlabelled_rows`` prompts, whose answers nobody is to see), ``validation`` and ``test`` (up to ``domain_rows`` each).
     """
     world = World(world_seed)
     sets = {"train": world.mixture("train", "seen", pool_rows)}

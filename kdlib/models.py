@@ -54,12 +54,8 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
     return size
 
 
-def load(path: str | Path, device: str | torch.device = "cpu"):
-    """``(model, tokenizer)`` from a folder that ``save_pretrained`` of both wrote; safetensors only."""
+def load(path: str | Path):
+    """``(model, tokenizer)`` from a folder that ``save_pretrained`` of both wrote, on the accelerator if there is one; safetensors only."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, padding_side="left")
     return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval(), tokenizer
-
-
-def device() -> str:
-    """The accelerator's name if there is one, else ``cpu``."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

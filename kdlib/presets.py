@@ -13,13 +13,9 @@ class Metric(NamedTuple):
 
     name: str
     label: str
+    gap_label: str
     higher_is_better: bool
     delta: float
-
-    @property
-    def gap_label(self) -> str:
-        """A gap whose sign is such that above zero KD is better, in words."""
-        return f"gap in {self.label.split(' (')[0]} ({'KD − SFT' if self.higher_is_better else 'SFT − KD'})"
 
 
 TABLES = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text("utf-8"))  # which explains them
@@ -39,12 +35,7 @@ def check(name: str, value, kind: type, allowed: str, ok=lambda value: True):
 
 
 class Preset(SimpleNamespace):
-    """One size of the study: its ``name`` and what presets.toml, which explains the fields, says of it."""
-
-    @property
-    def scored(self) -> Metric:
-        """The metric that decides."""
-        return METRICS[self.metric]
+    """One size of the study: its ``name``, what presets.toml, which explains the fields, says of it, and ``scored``, the metric."""
 
     def lacks(self, experiment: str) -> list[str]:
         """The teachers that ``experiment`` needs and the preset has not, or its domains."""
@@ -62,10 +53,11 @@ def _read(name: str, table: dict) -> Preset:
     shared = {"max_tokens": None, **table.pop("pretrain")}
     table["bases"] = {n: {**shared, **base} for n, base in table["bases"].items()}
     domain = table.setdefault("domain", {})
-    for rates in (*table["learning_rate"].values(), *domain.get("learning_rate", {}).values(), *([domain["tuning"]["learning_rate"]] if domain else [])):
+    tuning = [domain["tuning"]["learning_rate"]] if domain else []
+    for rates in (*table["learning_rate"].values(), *domain.get("learning_rate", {}).values(), *tuning):
         for budget in list(rates):
             rates[int(budget)] = rates.pop(budget)
-    return Preset(name=name, **table)
+    return Preset(name=name, scored=METRICS[table["metric"]], **table)
 
 
 PRESETS = {name: _read(name, table) for name, table in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items()}

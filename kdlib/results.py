@@ -67,13 +67,6 @@ def frame(records: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["arm", "budget", "seed"], ignore_index=True)
 
 
-def skill_frame(records: list[dict], metric: str = "accuracy") -> pd.DataFrame:
-    """One row a run and skill, for metrics that come by skill; empty if they do not."""
-    keys = ["method", "budget", "seed"]
-    rows = [(*(r[k] for k in keys), *pair) for r in records for pair in r["metrics"].get(f"{metric}_by_skill", {}).items()]
-    return pd.DataFrame(rows, columns=[*keys, "skill", metric])
-
-
 @lru_cache(maxsize=1)
 def environment() -> dict:
     """Code version, dirty flag, packages and machine: the part of the provenance that all runs of a process share."""

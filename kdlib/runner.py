@@ -6,34 +6,24 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed, wait
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 
-class Task(NamedTuple):
-    """``function(*arguments)``; ``cost`` weighs the estimate of what is left."""
-
-    function: Callable
-    arguments: tuple
-    cost: float = 1.0
-
-
-def compute(tasks: list[Task], workers: int = 0) -> None:
-    """Do all ``tasks``, begun in their order, with a progress bar and an estimate; each waits by itself for what another makes.
-
-    In processes here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task
-    that fails stops the rest from starting; what runs finishes, and the error is raised.
+def compute(tasks: dict[Callable, float], workers: int = 0) -> None:
+    """Do all ``tasks``, begun in their order, with an estimate by their costs; each waits by itself for what another makes. In processes
+    here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task that fails stops
+    the rest from starting; what runs finishes, and the error is raised.
     """
-    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0, smoothing=0,
+    bar = tqdm(total=sum(tasks.values()) or 1, file=sys.stdout, mininterval=0, smoothing=0,
                bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
     with (Ray() if os.environ.get("RAY_ADDRESS") else _processes(workers)) as pool, bar:
-        futures = {pool.submit(t.function, *t.arguments): t for t in tasks}
+        futures = {pool.submit(task): cost for task, cost in tasks.items()}
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
                 bar.set_description_str(f"{done} of {len(tasks)} tasks", refresh=False)
-                bar.update(futures[future].cost)
+                bar.update(futures[future])
         except BrokenExecutor as error:
             raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from error
         finally:
@@ -44,8 +34,7 @@ def _processes(workers: int) -> ProcessPoolExecutor:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    usual = 1 if torch.accelerator.is_available() else cores
-    return ProcessPoolExecutor(workers or usual, multiprocessing.get_context("spawn"), _start_worker)
+    return ProcessPoolExecutor(workers or (1 if torch.accelerator.is_available() else cores), multiprocessing.get_context("spawn"), _start_worker)
 
 
 def _start_worker() -> None:
@@ -74,6 +63,6 @@ class Ray(Executor):
         ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         devices = int(ray.cluster_resources().get("GPU", 0))
         task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
-        remote = task(lambda function, arguments: _quiet() or function(*arguments))
-        self.submit = lambda function, *arguments: remote.remote(function, arguments).future()
+        remote = task(lambda function: _quiet() or function())
+        self.submit = lambda function: remote.remote(function).future()
         self.shutdown = lambda **_: ray.shutdown()

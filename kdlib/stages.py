@@ -27,7 +27,6 @@ from transformers.utils import logging
 from kdlib import data, evaluate, lab, models, results, store, teachers, text, trainer
 from kdlib.losses import Objective
 from kdlib.presets import METRICS
-from kdlib.runner import Task
 
 disable_progress_bars()  # writing an artefact is a matter of milliseconds, and notebooks store what is printed
 logging.disable_progress_bar()
@@ -154,7 +153,7 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         model = models.build_model(p["model"], known.tokenizer, p["seed"])
         fit(model, known.tokenizer, blocks, [list(range(len(blocks)))], p)
     else:
-        model, _ = models.load(make(root, spec["start"]), models.device())
+        model, _ = models.load(make(root, spec["start"]))
         for phase in spec["phases"]:
             tune(root, model, known.tokenizer, phase, data_of(spec))
     model.save_pretrained(folder)
@@ -164,17 +163,17 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
 
 
 def _build_answers(root: Path, spec: dict, folder: Path) -> None:
-    (model, tokenizer), known = models.load(make(root, spec["by"]), models.device()), read_data(root, data_of(spec["by"]))
-    asked, how = known.rows(spec["set"]).remove_columns(["input_ids", "labels"]), {k: spec[k] for k in ("max_new_tokens", "temperature", "seed")}
+    (model, tokenizer), known = models.load(make(root, spec["by"])), read_data(root, data_of(spec["by"]))
+    how = {k: spec[k] for k in ("max_new_tokens", "temperature", "seed")}
     with tempfile.TemporaryDirectory() as scratch:
-        said = teachers.write_answers(scratch, model, tokenizer, asked, **how)
+        said = teachers.write_answers(scratch, model, tokenizer, known.rows(spec["set"]).remove_columns(["input_ids", "labels"]), **how)
         if known.verify:
             said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
         data.render(said, tokenizer, data_of(spec["by"])["max_length"], drop=True)[0].save_to_disk(folder)
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = models.load(make(root, spec["teacher"]), models.device())
+    model, tokenizer = models.load(make(root, spec["teacher"]))
     rows = [row for part in spec["rows"] for row in read_rows(root, part, data_of(spec["teacher"]))[0]]
     teachers.write_cache(folder, model, tokenizer, rows, **spec["cache"])
 
@@ -195,8 +194,8 @@ def execute(root: Path, labels: dict, config: dict) -> None:
 def _train_and_evaluate(root: Path, config: dict) -> dict:
     wall, cpu, spec, seen = time.perf_counter(), time.process_time(), data_of(config), []
     known, split, tuned = read_data(root, spec), config["evaluate"]["on"], teacher_of(config)
-    student, tokenizer = models.load(make(root, config["start"]), models.device())
-    teacher = models.load(make(root, tuned), models.device())[0] if tuned else None
+    student, tokenizer = models.load(make(root, config["start"]))
+    teacher = models.load(make(root, tuned))[0] if tuned else None
     for phase in config["phases"]:
         rows, loss = tune(root, student, tokenizer, phase, spec, teacher)
         seen += rows
@@ -216,11 +215,10 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
     metric = METRICS["accuracy" if known.verify else "bits_per_byte"]
     made = {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
     provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made,
-                  "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
-                  "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
-                  "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
-                  "tokens": sum(len(r["input_ids"]) for r in seen), "data_report": known.report,
-                  "response_tokens": sum(t != data.IGNORE for r in seen for t in r["labels"][1:]),
+                  "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+                  "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
+                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in seen),
+                  "response_tokens": sum(t != data.IGNORE for r in seen for t in r["labels"][1:]), "data_report": known.report,
                   "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
     return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
 
@@ -235,11 +233,11 @@ def all_of(config: str) -> dict[str, tuple[int, dict]]:
     return out
 
 
-def tasks(runs: list[tuple[dict, dict]], root: Path) -> list[Task]:
-    """What makes ``runs`` (labels, configuration) with their artefacts, the least deep first, so that few wait for another."""
+def tasks(runs: list[tuple[dict, dict]], root: Path) -> dict[partial, float]:
+    """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, the least deep first, so that few wait for another."""
     found, deep = {}, []
     for labels, config in runs:
         found |= (below := all_of(json.dumps(config)))
-        deep.append((1 + max(d for d, _ in below.values()), Task(execute, (root, labels, config), 2.0)))
-    deep += [(d, Task(make, (root, spec), COSTS[path(root, spec).name.split("-")[0]])) for d, spec in found.values() if not path(root, spec).is_dir()]
-    return [task for _, task in sorted(deep, key=lambda pair: pair[0])]
+        deep.append((1 + max(d for d, _ in below.values()), partial(execute, root, labels, config), 2.0))
+    deep += [(d, partial(make, root, spec), COSTS[name.split("-")[0]]) for name, (d, spec) in found.items() if not path(root, spec).is_dir()]
+    return {task: cost for _, task, cost in sorted(deep, key=lambda entry: entry[0])}

@@ -144,9 +144,8 @@ def together(name: str, claims: list[dict]) -> dict:
 
 
 def over_worlds(claims: list[dict], level: float = 0.95) -> dict:
-    """One claim over several worlds, the world as a random effect: in a balanced design the t interval of the worlds' means.
-
-    Their variance holds the worlds' and the seeds' (Searle, Casella & McCulloch 1992, section 3.6). ValueError on unlike claims.
+    """One claim over several worlds, the world as a random effect: in a balanced design the t interval of the worlds' means, whose variance
+    holds the worlds' and the seeds' (Searle, Casella & McCulloch 1992, section 3.6). ValueError on unlike claims.
     """
     if len({(c["contrast"], c["n_seeds"]) for c in claims}) > 1:
         raise ValueError("Worlds are compared by one contrast over as many seeds each; some differ.")

@@ -1,6 +1,7 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -111,10 +112,9 @@ def _phase(preset: Preset, rows: list[dict], teacher: dict | None = None, **how)
 
 def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, domains=None, pools=None, kd: dict | None = None,
          split: str = "test", rate: float | None = None, arms=None) -> list[tuple[dict, dict]]:
-    """Runs of an experiment, as labels and configuration: its :data:`~kdlib.presets.ARMS` side by side; by default the preset's grid.
-
-    In a domain, the teacher is tuned on the same human answers before it answers the pool's prompts; the arms that read those run with
-    the largest of ``pools``, and at the middle budget with all.
+    """Runs of an experiment, as labels and configuration: its :data:`~kdlib.presets.ARMS` side by side; by default the preset's grid. In a
+    domain, the teacher is tuned on the same human answers before it answers the pool's prompts; the arms that read those run with the largest
+    of ``pools``, and at the middle budget with all.
     """
     d = preset.domain if experiment == "two_stage_domain" else {}
     usual, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, []
@@ -153,12 +153,8 @@ def run(plan: Plan) -> list[dict]:
     print(f"{len(have)} of {len(plan.ids)} runs found in {plan.preset.name}/runs; {len(missing)} to train.")
     _check_one_origin(plan, found)
     if missing and not plan.train_missing:
-        absent: dict = {}
-        for r, _ in missing:
-            arm = " ".join(filter(None, (r["domain"], r["method"], r["teacher"])))
-            pool = f" with {r['pool']} labelled" if r["pool"] else ""
-            absent.setdefault(f"{arm} at {r['budget']}{pool}", []).append(str(r["seed"]))
-        which = "; ".join(f"{cell} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})" for cell, seeds in absent.items())
+        absent = Counter(" ".join(str(r[k]) for k in ("domain", "method", "teacher", "pool", "budget") if r[k]) for r, _ in missing)
+        which = ", ".join(f"{cell} ({n} seed{'s' * (n > 1)})" for cell, n in absent.items())
         raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing: "
                          f"{which}; allowed: True, or a folder that holds them.")
     if missing:
@@ -166,7 +162,7 @@ def run(plan: Plan) -> list[dict]:
 
         todo = stages.tasks(missing, plan.root)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute([t for t in todo if t.function is not stages.execute], plan.workers)
+            runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers)
             _check_one_origin(plan, found)
         runner.compute(todo, plan.workers)
     records = results.read_records(plan.root, plan.preset.name, plan.ids)

@@ -76,9 +76,8 @@ def _identity(tokenizer) -> dict:
 @torch.no_grad()
 def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form: str = "top_k", k: int = 64,
                 temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32) -> Path:
-    """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``), in ``dtype``.
-
-    A killed writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
+    """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``), in ``dtype``. A killed
+    writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
     """
     folder, vocabulary = Path(folder), max(tokenizer.get_vocab().values()) + 1
     for name, value in (("form", form), ("dtype", dtype)):
@@ -110,7 +109,6 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
 def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
                   seed: int = 0, shard_rows: int = 1000) -> Dataset:
     """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled.
-
     Fine-tuning on them is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is written as a cache's.
     """
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([[r["id"], r["messages"]] for r in rows]),
@@ -185,8 +183,7 @@ class Cached:
     """A cache that :func:`write_cache` made, memory-mapped. ValueError as it opens if unfinished, damaged, or not of ``teacher``."""
 
     def __init__(self, folder: str | Path, teacher=None):
-        self.folder = Path(folder)
-        self.spec, self.head = _read_spec(self.folder), None
+        self.folder, self.spec, self.head = Path(folder), _read_spec(Path(folder)), None
         if teacher is not None and weights_hash(teacher) != self.spec["teacher"]:
             raise ValueError(f"The cache in {folder} was made by another teacher; write one of this teacher in a new folder.")
         if not (done := self.folder / "complete.json").is_file():

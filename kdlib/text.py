@@ -59,10 +59,9 @@ def to_messages(row: dict, where: str = "") -> list[dict]:
 
 
 def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validation_rows: int, test_rows: int) -> Corpus:
-    """Human-written instructions as a :class:`~kdlib.data.Corpus`; there is one such world, whatever ``world_seed``.
-
-    Rows whose prompt (all that is said before or between the answers) came before or is held out are dropped. Where there is no
-    ``test`` source, one row in twenty is held out, by a hash of its prompt. Validation rows come from the training source.
+    """Human-written instructions as a :class:`~kdlib.data.Corpus`; there is one such world, whatever ``world_seed``. Rows whose prompt (all
+    that is said before or between the answers) came before or is held out are dropped. Where there is no ``test`` source, one row in twenty
+    is held out, by a hash of its prompt. Validation rows come from the training source.
     """
     pool, read = _conversations(train)
     apart = test.get("hub") or os.environ.get("KDLIB_DATA")

@@ -125,10 +125,9 @@ class DistillationTrainer(Trainer):
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
           teacher=None, objective: Objective | None = None, warmup: float = 0.05, **arguments) -> dict:
-    """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log.
-
-    ``rows`` holds ``steps * batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up
-    over the share ``warmup`` of the steps, then linear decay to zero. Further ``arguments`` go to ``TrainingArguments``.
+    """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log. ``rows`` holds ``steps *
+    batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
+    the steps, then linear decay to zero. Further ``arguments`` go to ``TrainingArguments``.
     """
     args = TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate, seed=seed,

@@ -83,7 +83,7 @@ def test_gap_figure_draws_the_gap_table_and_a_zero_line(metric):
         assert row.mean_gap == table.gap[row.budget] and row.ci_low == table.ci_low[row.budget]
     ax, = fig.axes
     assert any(list(line.get_ydata()) == [0, 0] for line in ax.lines)
-    assert {"KD better ↑", "SFT better ↓"} <= set(texts(fig)) and metric.gap_label == ax.get_ylabel()
+    assert {"better than SFT ↑", "worse ↓"} <= set(texts(fig)) and metric.gap_label == ax.get_ylabel()
     assert ("KD − SFT" if metric.higher_is_better else "SFT − KD") in ax.get_ylabel()
 
 

@@ -3,19 +3,17 @@
 import json
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
 from tiny import sweep
 
-from kdlib import results, store, study
+from kdlib import results, study
 from kdlib.presets import PRESETS, RECIPES
 
 ROOT = results.REPOSITORY

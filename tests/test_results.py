@@ -70,9 +70,6 @@ def test_frames(record):
     frame = results.frame([other, record])
     assert frame.method.tolist() == ["kd", "sft"] and frame.accuracy.tolist() == [0.25, 0.1]
     assert "accuracy_by_skill" not in frame and frame.learning_rate.tolist() == [0.001] * 2
-    skills = results.skill_frame([record])
-    assert skills[["skill", "accuracy"]].values.tolist() == [["add", 0.5], ["sort", 0.0]]
-    assert results.skill_frame([record], "bits_per_byte").empty
 
 
 def test_environment_names_code_packages_and_machine():

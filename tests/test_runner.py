@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -30,26 +31,26 @@ def _die() -> None:
 
 
 def task(folder, name, cost=1.0):
-    return runner.Task(_note, (str(folder), name), cost)
+    return {partial(_note, str(folder), name): cost}
 
 
 def test_processes_share_the_work(tmp_path, capsys):
-    tasks = [task(tmp_path, f"x{i}") for i in range(12)]
+    tasks = {t: cost for i in range(12) for t, cost in task(tmp_path, f"x{i}").items()}
     runner.compute(tasks, workers=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(t.arguments[1] for t in tasks)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(t.args[1] for t in tasks)
     assert len({p.read_text() for p in tmp_path.iterdir()}) == 2, "two processes"
     said = capsys.readouterr()
     assert "12 of 12 tasks, 100%" in said.out and " left" in said.out and not said.err
 
 
 def test_the_bar_weighs_tasks_by_their_cost(tmp_path, capsys):
-    runner.compute([task(tmp_path, "light", 1.0), task(tmp_path, "heavy", 3.0)], workers=1)
+    runner.compute(task(tmp_path, "light", 1.0) | task(tmp_path, "heavy", 3.0), workers=1)
     said = capsys.readouterr().out
     assert "1 of 2 tasks,  25%" in said and "2 of 2 tasks, 100%" in said
 
 
 def test_a_failure_stops_the_rest_and_keeps_what_is_done(tmp_path):
-    tasks = [task(tmp_path, "a"), runner.Task(_fail, ("no such luck",)), *[task(tmp_path, f"later{i}") for i in range(9)]]
+    tasks = task(tmp_path, "a") | {partial(_fail, "no such luck"): 1.0} | {partial(_note, str(tmp_path), f"later{i}"): 1.0 for i in range(9)}
     with pytest.raises(ValueError, match="no such luck"):
         runner.compute(tasks, workers=1)
     done = {p.name for p in tmp_path.iterdir()}
@@ -58,7 +59,7 @@ def test_a_failure_stops_the_rest_and_keeps_what_is_done(tmp_path):
 
 def test_a_worker_that_dies_is_reported(tmp_path):
     with pytest.raises(RuntimeError, match="A worker process died .*finished runs are kept, so run again"):
-        runner.compute([task(tmp_path, "a"), runner.Task(_die, ())], workers=1)
+        runner.compute(task(tmp_path, "a") | {_die: 1.0}, workers=1)
     assert (tmp_path / "a").exists()
 
 
@@ -81,7 +82,7 @@ def cluster(monkeypatch):
 
 
 def test_ray_does_a_task_again_whose_worker_was_killed(cluster, tmp_path):
-    runner.compute([task(tmp_path, "a"), task(tmp_path, "b"), runner.Task(_die_once, (str(tmp_path),)), task(tmp_path, "c")])
+    runner.compute(task(tmp_path, "a") | task(tmp_path, "b") | {partial(_die_once, str(tmp_path)): 1.0} | task(tmp_path, "c"))
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "died", "survived"}
     assert not cluster.is_initialized()
 
@@ -109,7 +110,7 @@ def test_without_ray_its_install_line_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with pytest.raises(ValueError, match=r"RAY_ADDRESS asks for Ray, which is missing; pip install 'kdlib\[cluster\]'"):
-        runner.compute([])
+        runner.compute({})
 
 
 def start(root):

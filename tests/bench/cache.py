@@ -15,7 +15,7 @@ import torch
 
 from kdlib import data, inference, models, stages, store, study, teachers
 from kdlib.losses import Hidden, Objective, distillation_loss
-from kdlib.presets import METHODS, PRESETS
+from kdlib.presets import PRESETS
 
 FORMS = {
     "full float32": {"form": "full", "dtype": "float32"}, "full float16": {"form": "full"},
@@ -42,12 +42,9 @@ def gradient(student, source, batches):
 
 def main(name: str, folder: str) -> dict:
     torch.set_num_threads(2)
-    config = study.grid(PRESETS["smoke"], METHODS, [100], [0], 0)[1]
-    root = store.open_folder(folder)
-    base, tuned = stages.model_specs(config)
-    rows = stages.read_data(root, config["data"]).train
-    student, tokenizer = models.load(stages.make(root, "base", base), models.device())
-    teacher, _ = models.load(stages.make(root, "teacher", tuned), models.device())
+    root, (base, tuned) = store.open_folder(folder), (study.model_spec(PRESETS["smoke"], n, 0) for n in ("student", "base"))
+    rows, *_ = stages.read_rows(root, {"set": "train"}, stages.data_of(base))
+    (student, tokenizer), (teacher, _) = (models.load(stages.make(root, spec)) for spec in (base, tuned))
     with tempfile.TemporaryDirectory() as place:
         began = time.perf_counter()
         made = teachers.write_cache(place + "/cache", teacher, tokenizer, rows, **FORMS[name])
