@@ -20,7 +20,7 @@ def markdown(head, rows) -> str:
 def claims(root: Path) -> str:
     """The verdicts, one table a preset: one row a claim, one column a world, and all worlds together."""
     tables = []
-    for preset in sorted(p.name for p in root.iterdir() if (p / "runs").is_dir()):
+    for preset in sorted({p.relative_to(root).parts[0] for p in (*root.glob("*/claims.json"), *root.glob("*/world-*/claims.json"))}):
         files = [p for p in (root / preset / "claims.json", *(root / preset).glob("world-*/claims.json")) if p.exists()]
         found = {(c["claim"], tuple(c["world_seeds"])): c for p in files for c in results.read_claims(p.parent)}
         worlds = sorted({w for _, w in found}, key=lambda w: (len(w), w))
