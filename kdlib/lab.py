@@ -3,7 +3,7 @@
 Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse), another
 language (translate), precise instructions (name). Two domains have their own, which only base text knows: a *market* (labels, cheaper,
 ranking of goods) and a *clinic* (remedy, visit, plan for animals in towns). Annotators answer in several styles and slip at a stated rate.
-Training never asks what the test and validation splits do; a third of the phrasings are *unseen*.
+Training never asks what the test and validation splits do; a third of the general phrasings are *unseen*.
 """
 
 import random
@@ -48,7 +48,6 @@ class World:
         self.price = {w: price for price, w in enumerate(rng.sample(goods, len(goods)))}
         self.cure = {w: (rng.choice(WORDS["colour"]), rng.choice(WORDS["job"])) for w in WORDS["animal"]}
         self.herb = {town: rng.choice(WORDS["food"]) for town in TOWNS}
-        self.unseen |= {skill: set(rng.sample(range(6), 2)) for own in DOMAINS.values() for skill in own}
         small = {"recall": [f"{p} {r}" for p in NAMES for r in self.pools], "two_hop": NAMES,
                  "classify": [w for members in WORDS.values() for w in members], "name": list(map(" ".join, permutations(WORDS, 3)))}
         self.bucket = {(skill, key): 10 * i // len(keys) for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
@@ -154,7 +153,7 @@ class World:
         question = (draw := getattr(self, f"_{skill}"))(rng)
         while self.split_of(skill, question.key) != split:
             question = draw(rng)
-        phrasing = rng.choice([i for i in range(6) if (i in self.unseen[skill]) == (suite == "unseen")])
+        phrasing = rng.choice([i for i in range(6) if skill not in self.unseen or (i in self.unseen[skill]) == (suite == "unseen")])
         prompt = PHRASINGS[skill][phrasing].format(**question.slots)
         styles = STYLES[next((name for name, own in DOMAINS.items() if skill in own), "general")]
         style = rng.choices(list(styles), list(styles.values()))[0]
@@ -164,17 +163,19 @@ class World:
                 "clean": style.format(a=question.answer), "answer": question.answer, "skill": skill, "suite": suite, "slip": slip}
 
     def mixture(self, split: str, suite: str, rows: int, *, distinct: bool = False, skills: tuple = SKILLS, draw: str = "") -> Dataset:
-        """``rows`` instruction rows, ``skills`` in turn; with ``distinct`` no prompt comes twice (short skills run dry)."""
-        rng, out, seen = random.Random(f"{self.world_seed} {split} {suite}{draw}"), [], set()
+        """Instruction rows, ``skills`` in ``rows`` turns; with ``distinct`` no prompt comes twice, and a skill that runs dry gives no more."""
+        rng, out, seen, dry = random.Random(f"{self.world_seed} {split} {suite}{draw}"), [], set(), set()
         for i in range(rows):
             skill = skills[i % len(skills)]
-            for _ in range(200):
+            for _ in range(200 * (skill not in dry)):
                 row = self.example(skill, split, suite, rng)
                 prompt = row["messages"][0]["content"]
                 if not distinct or prompt not in seen:
                     seen.add(prompt)
                     out.append({"id": f"{suite}/{skill}/{i}", **row})
                     break
+            else:
+                dry.add(skill)
         return Dataset.from_list(out)
 
     def base_text(self, lines: int) -> list[str]:
@@ -201,7 +202,7 @@ def vocabulary() -> list[str]:
 def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: int, unseen_rows: int, annotated_rows: int,
            unlabelled_rows: int, domain_rows: int) -> Corpus:
     """The lab world as a :class:`~kdlib.data.Corpus`. Beside train, validation and test, every domain has ``train`` (``annotated_rows``),
-    ``pool`` (``unlabelled_rows`` prompts, whose answers nobody is to see), ``validation`` and ``test`` (up to ``domain_rows`` each).
+    ``pool`` (distinct prompts, ``unlabelled_rows`` turns of the skills, whose answers nobody is to see), ``validation`` and ``test``.
     """
     world = World(world_seed)
     sets = {"train": world.mixture("train", "seen", pool_rows)}

@@ -1,22 +1,15 @@
 """The presets: one study at several sizes. A preset is data, in presets.toml; nothing else in kdlib knows its name."""
 
 import tomllib
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 
 
-class Metric(NamedTuple):
-    """How a study is scored. ``delta`` is the smallest difference that matters, in the metric's own unit."""
-
-    name: str
-    label: str
-    gap_label: str
-    higher_is_better: bool
-    delta: float
-
+# How a study is scored; delta is the smallest difference that matters, in the metric's own unit.
+Metric = namedtuple("Metric", "name label gap_label higher_is_better delta")
 
 TABLES = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text("utf-8"))  # which explains them
 KINDS, METHODS = tuple(TABLES["kinds"]), TABLES["methods"]

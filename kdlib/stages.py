@@ -96,13 +96,13 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
 
 
 def read_data(root: Path, spec: dict) -> SimpleNamespace:
-    """Data: ``tokenizer``, ``report``, ``verify`` (None: nobody can), ``rows(name)``, ``rows(name, "clean")`` (without a slip, or None)."""
+    """``tokenizer``, ``report``, ``longest`` reply, ``verify`` (None: nobody can), ``rows(name)`` and ``rows(name, "clean")`` (no slips, or None)."""
     folder, world = make(root, spec), getattr(SOURCES[spec["source"]["kind"]], "World", None)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left")
     return SimpleNamespace(
         report=report, held=[name for name in report if name.endswith(("validation", "test"))], tokenizer=tokenizer,
-        verify=world(spec["world_seed"]).verify if world else None,
+        verify=world(spec["world_seed"]).verify if world else None, longest=spec["max_new_tokens"],
         rows=lambda name, kind="sets": load_from_disk(folder / kind / name) if (folder / kind / name).is_dir() else None)
 
 
@@ -126,6 +126,8 @@ def tune(root: Path, model, tokenizer, phase: dict, spec: dict, teacher=None) ->
     rows, pools = [], []
     for part in phase["rows"]:
         more, skills, _ = read_rows(root, part, spec)
+        if part.get("budget", 0) > len(more):
+            raise ValueError(f"budget={part['budget']} is above set {part['set']!r}; allowed: up to {len(more)} rows.")
         chosen = data.nested_order(skills, part["seed"])[:part["budget"]] if "budget" in part else range(len(more))
         pools.append([len(rows) + i for i in chosen])
         rows += more
@@ -158,13 +160,17 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
             tune(root, model, known.tokenizer, phase, data_of(spec))
     model.save_pretrained(folder)
     known.tokenizer.save_pretrained(folder)
-    own = {name: evaluate.evaluate(model, known.tokenizer, known.rows(name), verify=known.verify)[0] for name in known.held}
+    own = {name: _score(model, known, name)[0] for name in known.held}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
+
+
+def _score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict]:
+    return evaluate.evaluate(model, known.tokenizer, known.rows(name), verify=known.verify, max_new_tokens=known.longest, **more)
 
 
 def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     (model, tokenizer), known = models.load(make(root, spec["by"])), read_data(root, data_of(spec["by"]))
-    how = {k: spec[k] for k in ("max_new_tokens", "temperature", "seed")}
+    how = {"max_new_tokens": known.longest, "temperature": spec["temperature"], "seed": spec["seed"]}
     with tempfile.TemporaryDirectory() as scratch:
         said = teachers.write_answers(scratch, model, tokenizer, known.rows(spec["set"]).remove_columns(["input_ids", "labels"]), **how)
         if known.verify:
@@ -200,12 +206,10 @@ def _train_and_evaluate(root: Path, config: dict) -> dict:
         rows, loss = tune(root, student, tokenizer, phase, spec, teacher)
         seen += rows
     trained, clean = time.perf_counter(), known.rows(split, "clean")
-    metrics, items = evaluate.evaluate(student, tokenizer, known.rows(split), verify=known.verify, teacher=teacher,
-                                       clean=clean and clean.select_columns(["input_ids", "labels"]).to_list(),
-                                       max_new_tokens=config["evaluate"]["max_new_tokens"])
+    metrics, items = _score(student, known, split, teacher=teacher, clean=clean and clean.select_columns(["input_ids", "labels"]).to_list())
     metrics["train_loss"] = loss
     if "/" in split:  # a domain's rows: what is left of the general skills?
-        general = evaluate.evaluate(student, tokenizer, known.rows(split.split("/")[1]), verify=known.verify)[0]
+        general, _ = _score(student, known, split.split("/")[1])
         metrics |= {f"general_{k}": general[k] for k in ("accuracy", "nll")}
     if judged := [r for phase in config["phases"] for part in phase["rows"] if (r := read_rows(root, part, spec)[2])]:
         metrics["label_accuracy"] = sum(judged[0]) / len(judged[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 from kdlib import results, runner, store
 from kdlib.presets import ARMS, KINDS, METHODS, PRESETS, RECIPES, Preset, check
 
-SPEC_VERSION = {"lab": 4, "text": 3}  # raised whenever a change of the code changes what a configuration computes
+SPEC_VERSION = {"lab": 5, "text": 3}  # raised whenever a change of the code changes what a configuration computes
 SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "workers")
 PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "domains", "pools")}
 
@@ -87,7 +87,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
 def data_spec(preset: Preset, world_seed: int) -> dict:
     """What fixes the data of a preset in one world."""
     return {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
-            "max_length": preset.max_length, "vocab_size": preset.vocab_size, "world_seed": world_seed}
+            "max_length": preset.max_length, "max_new_tokens": preset.max_new_tokens, "vocab_size": preset.vocab_size, "world_seed": world_seed}
 
 
 def model_spec(preset: Preset, name: str, world_seed: int) -> dict:
@@ -103,7 +103,7 @@ def model_spec(preset: Preset, name: str, world_seed: int) -> dict:
 
 
 def _said(preset: Preset, name: str, model: dict, **how) -> dict:
-    return {"set": name, "said": {"by": model, "set": name, "max_new_tokens": preset.max_new_tokens, "temperature": 0.0, "seed": 0, **how}}
+    return {"set": name, "said": {"by": model, "set": name, "temperature": 0.0, "seed": 0, **how}}
 
 
 def _phase(preset: Preset, rows: list[dict], teacher: dict | None = None, **how) -> dict:
@@ -139,8 +139,8 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
                 steps=usual["steps"] // len(stages)))
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"],
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
-        evaluate = {"on": f"{domain}/{split}" if d else split, "max_new_tokens": preset.max_new_tokens}
-        runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases, "evaluate": evaluate}))
+        runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases,
+                              "evaluate": {"on": f"{domain}/{split}" if d else split}}))
     return runs
 
 
