@@ -39,7 +39,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 sweep:
-	@$(MAKE) --no-print-directory study EXPERIMENTS=notebooks/07_learning_rates.ipynb
+	@$(MAKE) --no-print-directory study WORLDS=0 EXPERIMENTS=notebooks/07_learning_rates.ipynb
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -e '.[bench]'

@@ -12,6 +12,10 @@ NAMES = {"trl": "TRL's GKD trainer", "trl tokenized": "the same, tokenized befor
          "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64", "sft": "kdlib, SFT"}
 
 
+WHOLE = {"C2": "KD from the strong teacher at the largest budget: the weaker of C2a and C2b",
+         "C3": "accuracy in the {}, KD on synthetic then SFT on human data minus each recipe of one stage: the weakest"}
+
+
 def markdown(head, rows) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
@@ -25,16 +29,25 @@ def claims(root: Path) -> str:
         found = {(c["claim"], tuple(c["world_seeds"])): c for p in files for c in results.read_claims(p.parent)}
         worlds = sorted({w for _, w in found}, key=lambda w: (len(w), w))
         names = [name for name in dict.fromkeys(name for name, _ in sorted(found)) if " − " not in name]  # those are parts of C3
-        rows = [[name, next(c["contrast"] for (n, _), c in found.items() if n == name), *(cell(found.get((name, w))) for w in worlds)] for name in names]
+        rows = [[name, contrast(next(c for (n, _), c in found.items() if n == name)), *(cell(found.get((name, w))) for w in worlds)] for name in names]
         if rows:
             titles = [f"world {w[0]}" if len(w) == 1 else f"worlds {', '.join(map(str, w))}" for w in worlds]
             tables.append(f"**{preset}**\n\n" + markdown(["claim", "contrast", *titles], rows))
     return "\n\n".join(tables)
 
 
+def contrast(claim: dict) -> str:
+    """What a claim's row estimates."""
+    name, *domain = claim["claim"].split()
+    return WHOLE[name].format(*domain) if name in WHOLE else claim["contrast"]
+
+
 def cell(claim: dict | None) -> str:
-    """Verdict, estimate and interval of a claim."""
-    return claim and f"{claim['verdict']}<br>{claim['estimate']:+.4f} [{claim['ci_low']:+.4f}, {claim['ci_high']:+.4f}]" or ""
+    """Verdict, estimate and interval of a claim; where it has parts, which one is the weakest."""
+    if claim is None:
+        return ""
+    part = f"− {claim['contrast'].split(' − ')[1].split(',')[0]}: " if claim["claim"].split()[0] in WHOLE else ""
+    return f"{claim['verdict']}<br>{part}{claim['estimate']:+.4f} [{claim['ci_low']:+.4f}, {claim['ci_high']:+.4f}]"
 
 
 def skills(root: Path) -> str:

@@ -13,6 +13,7 @@ from kdlib import results, stats, store
 from kdlib.presets import Metric
 
 LOOKS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+GROUPS = [("#D55E00", "s", "#D55E00"), ("#333333", "o", "white"), ("#0072B2", "^", "#0072B2"), ("#CC79A7", "v", "white"), ("#009E73", "D", "#009E73")]
 STYLE = {arm: dict(zip(("color", "marker", "linestyle", "label"), look)) for arm, look in LOOKS.items()}
 OPTIONS = {"svg.hashsalt": "kdlib", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
            "grid.alpha": 0.3, "figure.constrained_layout.use": True}
@@ -31,7 +32,7 @@ def lines(ax, runs: pd.DataFrame, value: str, by: str, x: str, label: str, looks
         ax.errorbar(table[x] * shift, mean, [mean - table.ci_low, table.ci_high - mean], capsize=3, markersize=6,
                     **look)
         ax.scatter(own[x] * shift * 1.03, own[value], s=9, color=look["color"], alpha=0.45, linewidths=0)
-        ends.append((mean.iloc[-1], look["label"], look["color"]))
+        ends.append((mean.iloc[-1], look))
         tables.append(table)
     ticks = sorted(runs[x].dropna().unique())
     ax.set_xscale("log", base=2)
@@ -42,12 +43,13 @@ def lines(ax, runs: pd.DataFrame, value: str, by: str, x: str, label: str, looks
 
 
 def _names(ax, ends: list[tuple]) -> None:
-    """Names (height, text, colour) beside the lines' right ends, moved apart where they would overlap."""
+    """A key (height, look) beside the lines' right ends: dash, marker and name, moved apart where they would overlap."""
     (low, high), lowest = ax.get_ylim(), -1.0
-    for y, name, colour in sorted(ends):
-        lowest = max((y - low) / (high - low), lowest + 0.055)
-        ax.annotate(name, (1.01, lowest), xycoords="axes fraction", va="center", color=colour,
-                    fontweight="normal" if colour == "0.4" else "bold")
+    for y, look in sorted((end for end in ends if end[1]["label"]), key=lambda end: end[0]):
+        lowest = max((y - low) / (high - low), lowest + 0.06)
+        ax.plot([1.01, 1.04, 1.07], [lowest] * 3, transform=ax.transAxes, clip_on=False, markersize=5, markevery=[1], **look)
+        ax.annotate(look["label"], (1.085, lowest), xycoords="axes fraction", va="center", color=look["color"],
+                    fontweight="normal" if look["color"] == "0.4" else "bold")
 
 
 def score_vs_budget(frame: pd.DataFrame, metric: Metric, by: str = "method", x: str = "budget", label: str = "training examples (log scale)"):
@@ -57,7 +59,7 @@ def score_vs_budget(frame: pd.DataFrame, metric: Metric, by: str = "method", x: 
     for column, name in (("untuned", "untuned student"), ("teacher", "teacher")):
         if len(values := frame.get(f"{column}_{metric.name}", pd.Series(dtype=float)).dropna().unique()) == 1:
             ax.axhline(values[0], color="0.5", linewidth=1, linestyle=":")
-            ends.append((values[0], name, "0.4"))
+            ends.append((values[0], {"label": name, "color": "0.4", "linestyle": ":"}))
             table[column] = values[0]
     _names(ax, ends)
     ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
@@ -82,13 +84,13 @@ def gap_vs_budget(gaps: pd.DataFrame, metric: Metric, arms: tuple = ()):
 
 
 def intervals(table: pd.DataFrame, label: str, row: str, group: str, delta: float = 0.0):
-    """Estimates (``gap, ci_low, ci_high``) as dots with intervals, one line of the figure a ``row``, up to three groups side by side."""
+    """Estimates (``gap, ci_low, ci_high``) as dots with intervals, one line of the figure a ``row``, its groups side by side."""
     order = table[table[group] == table[group].iloc[0]].sort_values("gap")[row].tolist()
     fig, ax = axes(6.4, 1.4 + 0.36 * len(order))
     ax.axvspan(-delta, delta, color="0.88", zorder=0)
     ax.axvline(0, color="0.3", linewidth=1)
     for place, (name, sub) in enumerate(table.groupby(group, sort=False)):
-        color, marker, face = (("#D55E00", "s", "#D55E00"), ("#333333", "o", "white"), ("#0072B2", "^", "#0072B2"))[place]
+        color, marker, face = GROUPS[place % len(GROUPS)]
         sub, up = sub.set_index(row).loc[order], 0.26 * ((table[group].nunique() - 1) / 2 - place)
         ax.errorbar(sub.gap, [i + up for i in range(len(order))], xerr=[sub.gap - sub.ci_low, sub.ci_high - sub.gap], capsize=2,
                     linestyle="none", label=name, color=color, marker=marker, markerfacecolor=face)

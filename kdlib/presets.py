@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-
 # How a study is scored; delta is the smallest difference that matters, in the metric's own unit.
 Metric = namedtuple("Metric", "name label gap_label higher_is_better delta")
 

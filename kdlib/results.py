@@ -99,6 +99,6 @@ def read_claims(folder: Path) -> list[dict]:
 
 def write_claims(claims: list[dict], folder: Path) -> None:
     """Put ``claims`` into a folder's ``claims.json``, in place of earlier ones on the same claim and worlds."""
-    with store.lock(folder.parent, f"claims-{folder.name}"):
+    with store.lock(folder, "claims"):
         merged = {(c["claim"], tuple(c["world_seeds"])): c for c in [*read_claims(folder), *claims]}
         store.write_atomic(folder / "claims.json", json.dumps([merged[k] for k in sorted(merged)], indent=1) + "\n")

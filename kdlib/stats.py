@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from kdlib.presets import RECIPES, Metric
+from kdlib.presets import ARMS, RECIPES, Metric
 
 DECISIVE_SEEDS = 5
 
@@ -119,7 +119,7 @@ def domain_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
     """C3 of one world, with the largest pool: two stages lead every recipe of one stage, as a mean over budgets, at Holm's levels."""
     claims, frame = [], frame[frame.pool.isna() | (frame.pool == frame.pool.max())]
     for domain, runs in frame.groupby("domain"):
-        gaps = {one: paired_gaps(runs, metric, "kd_then_sft", one) for one, stages in RECIPES.items() if len(stages) == 1 and one in set(runs.method)}
+        gaps = {one: paired_gaps(runs, metric, "kd_then_sft", one) for one, _ in ARMS["two_stage_domain"] if len(RECIPES[one]) == 1}
         by_seed = {f"C3 {domain} − {one}": g.groupby("seed").gap.mean() for one, g in gaps.items()}
         levels = holm_levels(by_seed)
         for (name, values), (one, g) in zip(by_seed.items(), gaps.items()):

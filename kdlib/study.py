@@ -77,7 +77,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
         chosen = {"kd": {"alpha": float(alpha), "temperature": float(at), **({"kind": kind} if kind != KINDS[0] else {})}}
     else:
         names = ", ".join(usual["names"])
-        domains = check("domains", given.get("domains", []), list, f"a list of {names}", lambda v: set(v) <= set(usual["names"]))
+        domains = check("domains", given.get("domains", []), list, f"a list of {names}", lambda v: all(n in usual["names"] for n in v))
         chosen = {"domains": domains, "pools": numbers("pools", 1, usual["pool_rows"], f"{usual['pool_rows']}, the prompts of a pool")}
     runs = grid(preset, experiment, world, budgets, seeds, **chosen)
     return Plan(preset, tuple(runs), store.open_folder(folder or results.REPOSITORY / "results"),
@@ -155,8 +155,8 @@ def run(plan: Plan) -> list[dict]:
     if missing and not plan.train_missing:
         absent = Counter(" ".join(str(r[k]) for k in ("domain", "method", "teacher", "pool", "budget") if r[k]) for r, _ in missing)
         which = ", ".join(f"{cell} ({n} seed{'s' * (n > 1)})" for cell, n in absent.items())
-        raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing: "
-                         f"{which}; allowed: True, or a folder that holds them.")
+        raise ValueError(f"{len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing, and none may be trained "
+                         f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
         from kdlib import stages
 

@@ -9,12 +9,13 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
-from tiny import sweep
+from tiny import pretend, sweep
 
-from kdlib import results, stats, study
+from kdlib import results, stats, store, study
 from kdlib.presets import PRESETS
 
 FOLDER = results.REPOSITORY / "notebooks"
@@ -194,9 +195,42 @@ def test_two_stages_are_compared_with_every_recipe_in_every_domain(smoke_teacher
 def test_the_report_draws_nothing_from_an_incomplete_grid(smoke_teachers, tmp_path):
     folder, _ = smoke_teachers
     shutil.copytree(folder / "results", tmp_path / "results")
-    with pytest.raises(papermill.PapermillExecutionError, match=r"8 of 8 runs of world 1 are missing: sft 100 \(2 seeds\)"):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"8 of 8 runs of world 1 are missing, and none may be trained .*: sft 100 \(2 seeds\)"):
         run(FOLDER / "05_report.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
     assert not (tmp_path / "results" / "smoke" / "report").exists()
+
+
+def test_the_report_finds_the_surface_that_is_there(tmp_path):
+    """Records that nobody trained, whose gap is 0.3·advantage − 0.05 whatever the budget, but for what seeds and worlds add."""
+    root, teachers = store.open_folder(tmp_path / "results"), {"weak": 0.36, "base": 0.6, "strong": 0.9}
+    rng = np.random.default_rng(0)
+    noise = {(w, s, b): rng.normal(0, 0.002, 13) for w in (0, 1) for s in (0, 1) for b in (100, 1600, 32, 128)}
+    for world in (0, 1):
+        def accuracy(r):
+            luck = noise[world, r["seed"], r["budget"]]
+            if r["domain"]:
+                return 0.3 + 0.1 * (r["method"] == "kd_then_sft") + luck[len(r["method"]) % 13]
+            sft = (0.2 if r["budget"] == 100 else 0.35) + 0.01 * world
+            gap = 0 if r["method"] == "sft" else 0.3 * (teachers[r["teacher"]] - sft) - 0.05
+            return sft + gap + luck[len(r["method"]) + len(r["teacher"] or "")] * (r["method"] != "sft")
+        pretend(root, PRESETS["smoke"], world, accuracy, teachers)
+    nb = run(FOLDER / "05_report.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(root))
+    assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
+    tables = {p.stem: pd.read_csv(p) for p in (root / "smoke" / "report" / "tables").glob("*.csv")}
+    rule = tables["rule"]
+    assert rule["distill from an advantage of"].tolist() == pytest.approx([0.2, 0.2], abs=0.02), "0.3·0.2 − 0.05 = δ"
+    assert ((rule.low <= 0.21) & (0.19 <= rule.high) & (rule.high - rule.low < 0.1)).all()
+    right = tables["rule_checked"].groupby("rule").right.mean()
+    assert right["budget and advantage"] == right["advantage alone"] == 1 > right["one answer"]
+    assert len(tables["cells"]) == 12 and tables["cells"].advantage.max() == pytest.approx(0.7, abs=0.01)
+    claims = {(c["claim"], tuple(c["world_seeds"])): c for c in results.read_claims(root / "smoke")}
+    assert claims["C1a", (0, 1)]["estimate"] == pytest.approx(0.3 * (0.6 - 0.28) - 0.05, abs=0.003)
+    assert claims["C2a", (0, 1)]["estimate"] == pytest.approx(0.3 * (0.9 - 0.355) - 0.05, abs=0.003)
+    assert claims["C2b", (0, 1)]["estimate"] == pytest.approx(0.3 * 0.3, abs=0.003)
+    assert claims["C3 market − human_sft", (0, 1)]["estimate"] == pytest.approx(0.1, abs=0.005)
+    assert claims["C2", (0, 1)]["estimate"] in (claims["C2a", (0, 1)]["estimate"], claims["C2b", (0, 1)]["estimate"])
+    shown = text_of(code(nb))
+    assert "the rule by budget and advantage is right in 100% of 12 cells" in shown
 
 
 def test_start_here_trains_its_comparison_live(smoke, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -96,6 +97,25 @@ def test_everything_committed_follows_from_the_records():
     assert wrong in ([], ["Every table, figure, claim, notebook and README number follows from the records, byte for byte."]), done.stdout + done.stderr
 
 
+def test_a_replay_finds_what_was_changed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    replay, root = runpy.run_path(str(ROOT / ".ci" / "replay.py")), tmp_path / "results"
+    for path in replay["tracked"]():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(RESULTS / path, root / path)
+    assert replay["differences"](root) == []
+    table, claims, copy = root / "lab" / "tables" / "data_budget.csv", root / "lab" / "claims.json", root / "realtext" / "notebooks" / "02_data_budget.ipynb"
+    for path, old, new in ((table, ",7,", ",8,"), (claims, '"supported"', '"refuted"'), (copy, "48 runs", "49 runs")):
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    (root / "lab" / "figures" / "gap_vs_budget.png").unlink()
+    (root / "lab" / "tables" / "more.csv").write_text("a\n1\n")
+    found = replay["differences"](root)
+    assert {line.split()[0] for line in found} == {"results/lab/figures/gap_vs_budget.png", "results/lab/tables/more.csv", "results/lab/claims.json",
+                                                   "results/lab/tables/data_budget.csv", "results/realtext/notebooks/02_data_budget.ipynb", "README.md"}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_preset_holds_what_the_committed_sweep_chose(name):
     preset, table = PRESETS[name], pd.read_csv(RESULTS / name / "tables" / "lr_sweep.csv")
@@ -131,6 +151,7 @@ def test_the_site_has_every_notebook_and_no_dead_link(tmp_path):
 def test_the_readmes_claims_are_those_of_the_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / ".ci" / "readme.py"))["generated"](text, RESULTS) == text, "stale: run `make readme`"
+    assert all(f"<!-- {name}:start -->" in text for name in runpy.run_path(str(ROOT / ".ci" / "readme.py"))["BLOCKS"])
     assert "**lab**" in text and "**realtext**" in text and text.count("\n| C1") >= 6
 
 
@@ -140,7 +161,8 @@ LABPROSE
 @pytest.mark.parametrize("arguments, last", [
     (["smoke", "0,1"], "notebooks/02_data_budget.ipynb notebooks/03_teacher_strength.ipynb notebooks/04_two_stage_domain.ipynb"),
     (["realtext", "0"], "notebooks/02_data_budget.ipynb"),
-    (["lab", "a"], "ValueError: WORLDS='a' is not allowed; allowed: whole numbers with commas between, as in 0,1,2."),
+    (["lab", "a"], "ValueError: WORLDS='a' is not allowed; allowed: different whole numbers with commas between, as in 0,1,2."),
+    (["lab", "0,0"], "ValueError: WORLDS='0,0' is not allowed; allowed: different whole numbers with commas between, as in 0,1,2."),
     (["realtext", "0,1"], "ValueError: world_seed=1 is not allowed; allowed: 0, because preset 'realtext' has one world.")])
 def test_make_study_runs_what_a_preset_is_able_to_do(tmp_path, arguments, last):
     notebooks = [f"notebooks/{p.name}" for p in sorted((ROOT / "notebooks").glob("0[2-4]_*.ipynb"))]

@@ -281,7 +281,7 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
 
 
 def test_nothing_is_trained_when_that_is_not_wanted(tmp_path):
-    with pytest.raises(ValueError, match=r"train_missing=False, but 8 of 8 runs of world 0 are missing: sft 20 \(2 seeds\), kd base 20 .*; allowed: True"):
+    with pytest.raises(ValueError, match=r"8 of 8 runs of world 0 are missing, and none may be trained \(train_missing=False\): sft 20 \(2 seeds\), kd base 20 .*; allowed: a results_dir"):
         study.run(plan(tmp_path / "r", train_missing=False))
 
 
