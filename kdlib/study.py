@@ -165,9 +165,9 @@ def run(plan: Plan) -> list[dict]:
             runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers)
             _check_one_origin(plan, found)
         runner.compute(todo, plan.workers)
-    records = results.read_records(plan.root, plan.preset.name, plan.ids)
-    _check_one_origin(plan, records)
-    return records
+        found = results.read_records(plan.root, plan.preset.name, plan.ids)
+        _check_one_origin(plan, found)
+    return found
 
 
 def _check_one_origin(plan: Plan, records: list[dict]) -> None:
