@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
+import yaml
 from tiny import sweep
 
 from kdlib import results, study
@@ -155,9 +158,6 @@ def test_the_readmes_claims_are_those_of_the_results():
     assert "**lab**" in text and "**realtext**" in text and text.count("\n| C1") >= 6
 
 
-LABPROSE
-
-
 @pytest.mark.parametrize("arguments, last", [
     (["smoke", "0,1"], "notebooks/02_data_budget.ipynb notebooks/03_teacher_strength.ipynb notebooks/04_two_stage_domain.ipynb"),
     (["realtext", "0"], "notebooks/02_data_budget.ipynb"),
@@ -177,6 +177,24 @@ def test_the_readmes_files_and_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.M), target
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_readmes_papermill_lines_name_what_notebooks_take():
+    text, seen = (ROOT / "README.md").read_text(encoding="utf-8"), 0
+    for block in re.findall(r"```\n(.*?)```", text, re.S):
+        files = {name: yaml.safe_load(body) for name, body in re.findall(r"cat > (\S+) <<END\n(.*?)END\n", block, re.S)}
+        for line in re.findall(r"papermill (notebooks/.*)", block):
+            notebook, _, *options = shlex.split(line)
+            known = papermill.inspect_notebook(str(ROOT / notebook))
+            for flag, value in zip(options, options[1:]):
+                if flag == "-p":
+                    assert value in known, line
+                elif flag in ("-y", "-f"):
+                    given = yaml.safe_load(value) if flag == "-y" else files[value]
+                    assert set(given) <= set(known) and all(isinstance(v, (list, str)) for v in given.values()), line
+                    seen += 1
+            seen += 1
+    assert seen >= 8
 
 
 def models_in(config):
