@@ -133,10 +133,10 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
                 continue
         phases = []
         for rows, how in stages:
-            rates = d["learning_rate"][f"{rows}_{how}"] if d else preset.learning_rate[how]
-            phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, **{
-                **METHODS[how], **(kd if how == "kd" and kd else {})}, seed=seed, learning_rate=rate or preset.rate(rates, budget),
-                steps=usual["steps"] // len(stages)))
+            last = (rows, how) == tuple(stages[-1])
+            at = rate if last and rate else preset.rate(usual["learning_rate"][method if last else f"{rows}_{how}"], budget)
+            phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, seed=seed, learning_rate=at,
+                                 steps=usual["steps"] // len(stages), **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"],
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
         runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases,
