@@ -46,7 +46,7 @@ def cell(claim: dict | None) -> str:
     """Verdict, estimate and interval of a claim; where it has parts, which one is the weakest."""
     if claim is None:
         return ""
-    part = f"− {claim['contrast'].split(' − ')[1].split(',')[0]}: " if claim["claim"].split()[0] in WHOLE else ""
+    part = f"{claim['weakest'].removeprefix(claim['claim']).strip()}: " if claim["weakest"] else ""
     return f"{claim['verdict']}<br>{part}{claim['estimate']:+.4f} [{claim['ci_low']:+.4f}, {claim['ci_high']:+.4f}]"
 
 

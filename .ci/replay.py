@@ -1,7 +1,7 @@
 """Recompute all that is made from the committed run records, train nothing, and say what differs by a byte.
 
 Every notebook runs on a copy of the records, for every preset and reported world; then tables, figures, claims, what the notebooks show
-and the README's tables are compared with what is committed. Cells that train (tagged `trains`) are left out.
+and the README's tables are compared with what is committed.
 """
 
 import shutil
@@ -55,36 +55,41 @@ def jobs(root: Path) -> list[list[tuple[str, Path, dict]]]:
 
 
 def execute(job: tuple[str, Path, dict]) -> None:
-    """Run a notebook, but for the cells that train."""
+    """Run a notebook."""
     notebook, target, parameters = job
     target.parent.mkdir(parents=True, exist_ok=True)
-    asked = nbformat.read(NOTEBOOKS / notebook, 4)
-    asked.cells = [c for c in asked.cells if "trains" not in c.metadata.get("tags", [])]
-    nbformat.write(asked, target)
-    papermill.execute_notebook(str(target), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3")
+    papermill.execute_notebook(str(NOTEBOOKS / notebook), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3")
 
 
-def shown(path: Path) -> list[tuple[str, str, list]]:
-    """What a notebook's cells print and show, those aside whose output is no result."""
-    skipped = {"nbval-ignore-output", "injected-parameters", "data-text", "trains"}
-    return [(c.id, "".join(o.get("text", "") for o in c.outputs), [o.data for o in c.outputs if "data" in o])
-            for c in nbformat.read(path, 4).cells if c.cell_type == "code" and not skipped & set(c.metadata.get("tags", []))]
+def shown(path: Path) -> dict[str, tuple]:
+    """What a notebook's cells say, print and show, the outputs aside that are no result."""
+    skipped, cells = {"nbval-ignore-output", "data-text"}, {}
+    for c in nbformat.read(path, 4).cells:
+        tags = set(c.metadata.get("tags", []))
+        if "injected-parameters" not in tags:
+            outputs = [] if c.cell_type == "markdown" or skipped & tags else c.outputs
+            cells[c.id] = c.source, "".join(o.get("text", "") for o in outputs), [o.data for o in outputs if "data" in o]
+    return cells
 
 
 def differences(root: Path) -> list[str]:
     """What ``root`` lacks, has besides, or has other than what is committed."""
     kept = {p for p in tracked() if len(p.parts) > 1 and not {"runs", "bench"} & set(p.parts)}
     made = {p.relative_to(root) for p in root.rglob("*") if p.is_file() and not {"runs", "bench", ".cache"} & set(p.parts) and p.parent != root}
-    copies, pages = ({p for p in files if p.suffix == ".ipynb"} for files in (kept, made))
+    stored = {root / p: COMMITTED / p for p in made if p.suffix == ".ipynb"}
+    stored |= {again: p for p in NOTEBOOKS.glob("*.ipynb") if (again := root / "lab" / "notebooks" / p.name) in stored}
+    made -= {p.relative_to(root) for p, old in stored.items() if old.parent == NOTEBOOKS}
     found = [f"results/{p} is committed, but nothing makes it" for p in sorted(kept - made)]
-    found += [f"results/{p} is made, but not committed" for p in sorted(made - kept - pages)]
-    found += [f"results/{p} differs" for p in sorted(made & kept - copies) if (root / p).read_bytes() != (COMMITTED / p).read_bytes()]
-    stored = [(COMMITTED / p, root / p) for p in sorted(copies & made)]
-    stored += [(p, again) for p in sorted(NOTEBOOKS.glob("*.ipynb")) if (again := root / "lab" / "notebooks" / p.name).exists()]
-    for old, new in stored:
-        for cell, again in zip(shown(old), shown(new), strict=True):
-            if cell != again:
-                found.append(f"{old.relative_to(results.REPOSITORY)} shows something else in cell {cell[0]}")
+    found += [f"results/{p} is made, but not committed" for p in sorted(made - kept)]
+    for p in sorted(made & kept):
+        if not (COMMITTED / p).exists():
+            found.append(f"results/{p} is committed, but not there")
+        elif p.suffix != ".ipynb" and (root / p).read_bytes() != (COMMITTED / p).read_bytes():
+            found.append(f"results/{p} differs")
+    for new, old in sorted(stored.items()):
+        if old.exists():
+            was, now, name = shown(old), shown(new), old.relative_to(results.REPOSITORY)
+            found += [f"{name} shows something else in cell {cell}" for cell in {**was, **now} if was.get(cell) != now.get(cell)]
     readme = (results.REPOSITORY / "README.md").read_text(encoding="utf-8")
     return found + (["README.md has other numbers"] if generated(readme, root) != readme else [])
 

@@ -13,10 +13,9 @@ from kdlib import results, store
 NOTEBOOKS = sorted((results.REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
-def opening(notebook) -> tuple[str, str]:
-    """Title and first paragraph of a notebook."""
-    title, text = notebook.cells[0].source.split("\n\n", 1)
-    return title.removeprefix("# "), text.split("\n\n")[0]
+def title(notebook) -> str:
+    """The heading that a notebook starts with."""
+    return notebook.cells[0].source.split("\n")[0].removeprefix("# ")
 
 
 def page(notebook) -> str:
@@ -27,7 +26,7 @@ def page(notebook) -> str:
                                  cell.source, flags=re.M | re.S)
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", cell.source)
     body, _ = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
-        notebook, {"metadata": {"name": opening(notebook)[0]}})
+        notebook, {"metadata": {"name": title(notebook)}})
     return body
 
 
@@ -42,7 +41,7 @@ def build(folder: Path) -> None:
     rows = []
     for i, path in enumerate(NOTEBOOKS):
         notebook = nbformat.read(path, 4)
-        rows.append(f"* **[{opening(notebook)[0]}]({path.stem}.html)**")
+        rows.append(f"* **[{title(notebook)}]({path.stem}.html)**")
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(way(i)))
         store.write_atomic(folder / f"{path.stem}.html", page(notebook))
     text = ["# When does knowledge distillation help a small language model, and when does it fail?",

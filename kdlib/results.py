@@ -15,7 +15,7 @@ from kdlib import store
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEYS = tuple("run_id experiment preset method teacher student domain pool budget seed world_seed".split())
 FIELDS = (*KEYS, "metrics", "items", "config", "provenance", "checksum")
-CLAIM_FIELDS = tuple("claim preset world_seeds contrast estimate ci_low ci_high n_seeds delta verdict run_ids".split())
+CLAIM_FIELDS = tuple("claim preset world_seeds contrast estimate ci_low ci_high level n_seeds delta verdict weakest run_ids".split())
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "scipy")
 
 run_id = store.digest  # of a run's configuration, which holds only what can change the result

@@ -89,8 +89,8 @@ def claim(name: str, contrast: str, differences, delta: float, gaps: pd.DataFram
     i = paired_interval(differences, level)
     estimate, low, high, delta = (float(f"{v:.6g}") for v in (*i[:3], delta))
     return {"claim": name, "preset": frame.preset.iloc[0], "world_seeds": sorted(map(int, frame.world_seed.unique())),
-            "contrast": contrast, "estimate": estimate, "ci_low": low, "ci_high": high, "n_seeds": i.n, "delta": delta,
-            "verdict": verdict(low, high, delta, i.n), "run_ids": sorted({r for pair in gaps.run_ids for r in pair})}
+            "contrast": contrast, "estimate": estimate, "ci_low": low, "ci_high": high, "level": level, "n_seeds": i.n, "delta": delta,
+            "verdict": verdict(low, high, delta, i.n), "weakest": None, "run_ids": sorted({r for pair in gaps.run_ids for r in pair})}
 
 
 def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
@@ -140,7 +140,8 @@ def holm_levels(samples: dict) -> dict[str, float]:
 def together(name: str, claims: list[dict]) -> dict:
     """A claim that holds where all of ``claims`` do, as the weakest of them: refuted if one is."""
     order = ("refuted", "inconclusive", "no meaningful difference", "supported")
-    return {**min(claims, key=lambda c: (order.index(c["verdict"].split(": ")[-1]), c["ci_low"])), "claim": name}
+    weakest = min(claims, key=lambda c: (order.index(c["verdict"].split(": ")[-1]), c["ci_low"]))
+    return {**weakest, "claim": name, "weakest": weakest["claim"]}
 
 
 def over_worlds(claims: list[dict], level: float = 0.95) -> dict:
@@ -152,5 +153,5 @@ def over_worlds(claims: list[dict], level: float = 0.95) -> dict:
     i, first = paired_interval([c["estimate"] for c in claims], level), claims[0]
     low, high = (float(f"{v:.6g}") for v in i[1:3])
     return {**first, "world_seeds": sorted(w for c in claims for w in c["world_seeds"]), "estimate": float(f"{i.estimate:.6g}"),
-            "ci_low": low, "ci_high": high, "verdict": verdict(low, high, first["delta"], first["n_seeds"]),
+            "ci_low": low, "ci_high": high, "level": level, "verdict": verdict(low, high, first["delta"], first["n_seeds"]),
             "run_ids": sorted({r for c in claims for r in c["run_ids"]})}

@@ -153,8 +153,8 @@ def run(plan: Plan) -> list[dict]:
     print(f"{len(have)} of {len(plan.ids)} runs found in {plan.preset.name}/runs; {len(missing)} to train.")
     _check_one_origin(plan, found)
     if missing and not plan.train_missing:
-        absent = Counter(" ".join(str(r[k]) for k in ("domain", "method", "teacher", "pool", "budget") if r[k]) for r, _ in missing)
-        which = ", ".join(f"{cell} ({n} seed{'s' * (n > 1)})" for cell, n in absent.items())
+        absent = Counter(" ".join(f"{k} {r[k]}" for k in ("domain", "method", "teacher", "pool", "budget") if r[k]) for r, _ in missing)
+        which = ", ".join(f"{cell} ({n} seed{'s' * (n > 1)})" for cell, n in absent.items()) if have else "all of them"
         raise ValueError(f"{len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing, and none may be trained "
                          f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:

@@ -195,13 +195,17 @@ def test_two_stages_are_compared_with_every_recipe_in_every_domain(smoke_teacher
 def test_the_report_draws_nothing_from_an_incomplete_grid(smoke_teachers, tmp_path):
     folder, _ = smoke_teachers
     shutil.copytree(folder / "results", tmp_path / "results")
-    with pytest.raises(papermill.PapermillExecutionError, match=r"8 of 8 runs of world 1 are missing, and none may be trained .*: sft 100 \(2 seeds\)"):
+    with pytest.raises(papermill.PapermillExecutionError) as refusal:
         run(FOLDER / "05_report.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
+    for world, runs in ((1, 8), (1, 20), (1, 88), (0, 88)):
+        assert f"{runs} of {runs} runs of world {world} are missing, and none may be trained (train_missing=False): all of them" in str(refusal.value)
+    assert "make study PRESET=smoke WORLDS=0,1" in str(refusal.value)
     assert not (tmp_path / "results" / "smoke" / "report").exists()
 
 
-def test_the_report_finds_the_surface_that_is_there(tmp_path):
-    """Records that nobody trained, whose gap is 0.3·advantage − 0.05 whatever the budget, but for what seeds and worlds add."""
+@pytest.mark.parametrize("slope, base, word, at", [(0.3, -0.05, "from", 0.2), (-0.3, 0.15, "up to", 0.14 / 0.3)])
+def test_the_report_finds_the_surface_that_is_there(slope, base, word, at, tmp_path):
+    """Records that nobody trained, whose gap is linear in the advantage, whatever the budget, but for what seeds and worlds add."""
     root, teachers = store.open_folder(tmp_path / "results"), {"weak": 0.36, "base": 0.6, "strong": 0.9}
     rng = np.random.default_rng(0)
     noise = {(w, s, b): rng.normal(0, 0.002, 13) for w in (0, 1) for s in (0, 1) for b in (100, 1600, 32, 128)}
@@ -211,38 +215,38 @@ def test_the_report_finds_the_surface_that_is_there(tmp_path):
             if r["domain"]:
                 return 0.3 + 0.1 * (r["method"] == "kd_then_sft") + luck[len(r["method"]) % 13]
             sft = (0.2 if r["budget"] == 100 else 0.35) + 0.01 * world
-            gap = 0 if r["method"] == "sft" else 0.3 * (teachers[r["teacher"]] - sft) - 0.05
+            gap = 0 if r["method"] == "sft" else slope * (teachers[r["teacher"]] - sft) + base
             return sft + gap + luck[len(r["method"]) + len(r["teacher"] or "")] * (r["method"] != "sft")
         pretend(root, PRESETS["smoke"], world, accuracy, teachers)
     nb = run(FOLDER / "05_report.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(root))
     assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
     tables = {p.stem: pd.read_csv(p) for p in (root / "smoke" / "report" / "tables").glob("*.csv")}
     rule = tables["rule"]
-    assert rule["distill from an advantage of"].tolist() == pytest.approx([0.2, 0.2], abs=0.02), "0.3·0.2 − 0.05 = δ"
-    assert ((rule.low <= 0.21) & (0.19 <= rule.high) & (rule.high - rule.low < 0.1)).all()
+    assert rule.distill.tolist() == [word, word] and rule.advantage.tolist() == pytest.approx([at, at], abs=0.02), "slope·at + base = δ"
+    assert rule[["share above δ at the least", "share above δ at the most"]].to_numpy().tolist() == 2 * [[0.0, 1.0] if slope > 0 else [1.0, 0.0]]
     right = tables["rule_checked"].groupby("rule").right.mean()
     assert right["budget and advantage"] == right["advantage alone"] == 1 > right["one answer"]
     assert len(tables["cells"]) == 12 and tables["cells"].advantage.max() == pytest.approx(0.7, abs=0.01)
     claims = {(c["claim"], tuple(c["world_seeds"])): c for c in results.read_claims(root / "smoke")}
-    assert claims["C1a", (0, 1)]["estimate"] == pytest.approx(0.3 * (0.6 - 0.28) - 0.05, abs=0.003)
-    assert claims["C2a", (0, 1)]["estimate"] == pytest.approx(0.3 * (0.9 - 0.355) - 0.05, abs=0.003)
-    assert claims["C2b", (0, 1)]["estimate"] == pytest.approx(0.3 * 0.3, abs=0.003)
+    assert claims["C1a", (0, 1)]["estimate"] == pytest.approx(slope * (0.6 - 0.28) + base, abs=0.003)
+    assert claims["C2a", (0, 1)]["estimate"] == pytest.approx(slope * (0.9 - 0.355) + base, abs=0.003)
+    assert claims["C2b", (0, 1)]["estimate"] == pytest.approx(slope * 0.3, abs=0.003)
     assert claims["C3 market − human_sft", (0, 1)]["estimate"] == pytest.approx(0.1, abs=0.005)
     assert claims["C2", (0, 1)]["estimate"] in (claims["C2a", (0, 1)]["estimate"], claims["C2b", (0, 1)]["estimate"])
     shown = text_of(code(nb))
-    assert "the rule by budget and advantage is right in 100% of 12 cells" in shown
+    assert "the rule by budget and advantage is right in 100% of 12 cells" in shown and f"distill {word} an advantage of" in shown
 
 
-def test_start_here_trains_its_comparison_live(smoke, tmp_path):
+def test_start_here_trains_its_comparison_live_if_asked(smoke, tmp_path):
     folder, _ = smoke
-    nb = run(FOLDER / "00_start_here.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(folder / "results"))
+    nb = run(FOLDER / "00_start_here.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(folder / "results"), live=True)
     shown = text_of(code(nb))
     assert "0 of 8 runs found" in shown and "8 of 8 runs found" in shown and "C1a: exploratory" in shown
 
 
 def test_a_sweep_runs_what_is_missing_and_says_what_it_chose(tmp_path):
     nb = run(FOLDER / "07_learning_rates.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
-    assert "72 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
+    assert "96 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
     table = pd.read_csv(tmp_path / "results" / "smoke" / "tables" / "lr_sweep.csv")
     records = study.run(sweep(PRESETS["smoke"], tmp_path / "results"))
     frame = results.frame(records)
@@ -269,9 +273,11 @@ def test_losses_with_other_parameters(tmp_path):
     ("03_teacher_strength", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher; allowed: smoke, lab"),
     ("04_two_stage_domain", ["-p", "preset", "smoke", "-y", "domains: [bank]"], "domains=['bank'] is not allowed; allowed: a list of market, clinic"),
     ("05_report", ["-p", "preset", "smoke", "-y", "worlds: [1]"], "worlds=[1] is not allowed; allowed: a list of at least two"),
+    ("05_report", ["-y", "worlds: [0, a]"], "worlds=[0, 'a'] is not allowed; allowed: a list of at least two different whole numbers from 0"),
     ("05_report", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher"),
     ("07_learning_rates", ["-p", "preset", "huge"], "preset='huge' is not allowed; allowed: smoke, lab, realtext"),
-    ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False")])
+    ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False"),
+    ("00_start_here", ["-p", "live", "3"], "live=3 has type int; allowed: True or False")])
 def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, arguments, message):
     target = tmp_path / "results"
     where = [] if name == "01_losses" else ["-p", "results_dir", str(target)]

@@ -104,6 +104,11 @@ def test_recipes_of_a_domain_are_paired_and_train_as_many_steps(name):
         for r, config in cell:
             assert sum(p["steps"] for p in config["phases"]) == d["steps"] and config["evaluate"]["on"] == f"{domain}/test"
             assert config["start"] == study.model_spec(preset, d["student"], 0) and all(p["seed"] == seed for p in config["phases"])
+            *first, last = config["phases"]
+            rates = d["learning_rate"]
+            assert last["learning_rate"] == preset.rate(rates[r["method"]], budget)
+            for phase, (rows, method) in zip(first, RECIPES[r["method"]]):
+                assert phase["learning_rate"] == preset.rate(rates[f"{rows}_{method}"], budget), "what suits the stage alone"
             for phase, (rows, method) in zip(config["phases"], RECIPES[r["method"]], strict=True):
                 assert (phase["teacher"] is not None) == (method == "kd") == (phase["alpha"] == 1.0)
                 for part, source in zip(phase["rows"], rows.split("+"), strict=True):
@@ -280,8 +285,15 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     assert set(small) == {tuple(rows[i]["input_ids"]) for i in order[:20]}
 
 
-def test_nothing_is_trained_when_that_is_not_wanted(tmp_path):
-    with pytest.raises(ValueError, match=r"8 of 8 runs of world 0 are missing, and none may be trained \(train_missing=False\): sft 20 \(2 seeds\), kd base 20 .*; allowed: a results_dir"):
+def test_nothing_is_trained_when_that_is_not_wanted_and_what_is_missing_is_named(tmp_path, tiny_records):
+    missing = r"{} of 8 runs of world 0 are missing, and none may be trained \(train_missing=False\): {}; allowed: a results_dir"
+    with pytest.raises(ValueError, match=missing.format(8, "all of them")):
+        study.run(plan(tmp_path / "r", train_missing=False))
+    for r in tiny_records:
+        if r["method"] == "kd" and (r["budget"], r["seed"]) != (20, 1):
+            results.write_record(tmp_path / "r", r)
+    cells = r"method sft budget 20 \(2 seeds\), method kd teacher base budget 20 \(1 seed\), method sft budget 200 \(2 seeds\)"
+    with pytest.raises(ValueError, match=missing.format(5, cells)):
         study.run(plan(tmp_path / "r", train_missing=False))
 
 
@@ -422,9 +434,8 @@ def test_the_sweep_crosses_rates_methods_budgets_and_seeds(tmp_path):
     combos = {(c["phases"][0]["learning_rate"], r["method"], r["teacher"], r["budget"], r["seed"]) for r, c in planned.runs if not r["domain"]}
     arms = (("sft", None), ("kd", "base"), ("seq_kd", "strong"))
     assert combos == {(rate, *arm, 20, 100) for rate in (1e-3, 2e-3) for arm in arms}
-    recipes = {(c["phases"][0]["learning_rate"], r["method"], r["domain"], r["budget"], r["seed"]) for r, c in planned.runs if r["domain"]}
-    single = ("human_sft", "human_kd", "synthetic_sft", "synthetic_kd", "mixture")
-    assert recipes == {(rate, recipe, domain, budget, 100) for rate in (1e-3, 2e-3) for recipe in single
+    recipes = {(c["phases"][-1]["learning_rate"], r["method"], r["domain"], r["budget"], r["seed"]) for r, c in planned.runs if r["domain"]}
+    assert recipes == {(rate, recipe, domain, budget, 100) for rate in (1e-3, 2e-3) for recipe, _ in ARMS["two_stage_domain"]
                        for domain in TINY.domain["names"] for budget in TINY.domain["budgets"]}
     assert len(planned.runs) == len(combos) + len(recipes) == len(set(planned.ids))
     assert {c["evaluate"]["on"] for c in planned.configs} == {"validation", "market/validation", "clinic/validation"}
