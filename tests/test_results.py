@@ -80,7 +80,7 @@ def test_environment_names_code_packages_and_machine():
 
 def claim(name, estimate=0.1, world=0, preset="lab"):
     return {"claim": name, "preset": preset, "world_seeds": [world], "contrast": "a contrast", "estimate": estimate, "ci_low": 0.05,
-            "ci_high": 0.15, "n_seeds": 5, "delta": 0.01, "verdict": "supported", "run_ids": ["r"]}
+            "ci_high": 0.15, "level": 0.95, "n_seeds": 5, "delta": 0.01, "verdict": "supported", "weakest": None, "run_ids": ["r"]}
 
 
 def test_claims_replace_only_their_own(tmp_path):
