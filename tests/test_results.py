@@ -102,15 +102,18 @@ def test_damaged_claims_are_named_and_kept(tmp_path, content):
 
 def test_readme_table_is_made_from_the_claims(tmp_path):
     generated_readme = runpy.run_path(str(results.REPOSITORY / ".ci" / "readme.py"))["generated"]
-    results.write_claims([claim("C1a"), claim("C3 clinic"), claim("C3 clinic − mixture")], tmp_path / "lab")
+    weakest = claim("C3 clinic − mixture")
+    results.write_claims([claim("C1a"), weakest, {**weakest, "claim": "C3 clinic", "weakest": weakest["claim"]}], tmp_path / "lab")
     results.write_claims([{**claim("C1a", 0.2), "world_seeds": [0, 1]}], tmp_path / "lab")
     results.write_claims([claim("C1a", 0.3, world=1)], tmp_path / "lab" / "world-1")
     results.write_claims([claim("C1a", preset="realtext")], tmp_path / "realtext")
     text = generated_readme("before\n<!-- claims:start -->\nstale\n<!-- claims:end -->\nafter\n", tmp_path)
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert "| claim | contrast | world 0 | world 1 | worlds 0, 1 |" in text and "**realtext**" in text and "mixture" not in text
+    assert "| claim | contrast | world 0 | world 1 | worlds 0, 1 |" in text and "**realtext**" in text
     one, other, both = (f"supported<br>+0.{n}000 [+0.0500, +0.1500]" for n in (1, 3, 2))
-    assert f"| C1a | a contrast | {one} | {other} | {both} |" in text and f"| C3 clinic | a contrast | {one} |  |  |" in text
+    assert f"| C1a | a contrast | {one} | {other} | {both} |" in text
+    whole, = [line for line in text.splitlines() if line.startswith("| C3")]
+    assert whole.startswith("| C3 clinic | accuracy in the clinic, ") and "| supported<br>− mixture: +0.1000 [+0.0500, +0.1500] |  |  |" in whole
     assert generated_readme(text, tmp_path) == text
 
 
