@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdlib import results, store
+from kdlib import lab, plots, results, store
+from kdlib.presets import PRESETS
 
 NAMES = {"trl": "TRL's GKD trainer", "trl tokenized": "the same, tokenized before", "live": "kdlib, live teacher",
          "hidden": "kdlib, exact cache", "top64": "kdlib, cache of the top 64", "sft": "kdlib, SFT"}
@@ -74,11 +75,42 @@ def seeds(root: Path) -> str:
 
 
 def teachers(root: Path) -> str:
-    """The lab's teachers in its first world."""
-    table = pd.read_csv(root / "lab" / "tables" / "teachers.csv")
-    rows = [[r.teacher, *(f"{getattr(r, k):.3f}" for k in ("teacher_accuracy", "teacher_nll", "teacher_entropy", "teacher_ece", "advantage"))]
-            for r in table.itertuples()]
-    return markdown(["teacher", "accuracy", "NLL (nats a token)", "entropy", "calibration error", "accuracy − SFT student's"], rows)
+    """The lab's teachers: means over the worlds."""
+    means = pd.read_csv(root / "lab" / "report" / "tables" / "teachers.csv").groupby("teacher").mean().loc[["weak", "base", "strong"]]
+    names = {"teacher_accuracy": "accuracy", "teacher_nll": "NLL (nats a token)", "teacher_entropy": "entropy (nats)", "teacher_ece": "calibration error"}
+    return markdown(["teacher", *names.values()], [[row.Index, *(f"{getattr(row, k):.3f}" for k in names)] for row in means.itertuples()])
+
+
+def found(root: Path) -> str:
+    """What the report's tables say, in sentences."""
+    cells, rule, checked, told, teacher = (pd.read_csv(root / "lab" / "report" / "tables" / f"{name}.csv")
+                                           for name in ("cells", "rule", "rule_checked", "domain_teachers", "teachers"))
+    delta = PRESETS["lab"].scored.delta
+    largest = cells[cells.budget == cells.budget.max()].groupby("teacher").gap.mean()
+    score = teacher.groupby("teacher").teacher_accuracy.mean()
+    labels = told.groupby("budget").label_accuracy.mean()
+    lines = [f"the gap (KD − SFT) is above δ in {(cells.gap > delta).sum()} and below −δ in {(cells.gap < -delta).sum()} of {len(cells)} cells of world, "
+             f"teacher and budget; it runs from {cells.gap.min():+.3f} to {cells.gap.max():+.3f}",
+             f"at {cells.budget.max():,} examples its mean over worlds is " + ", ".join(
+                 f"{largest[t]:+.3f} with the {t} teacher (which is itself right {score[t]:.1%} of the time)" for t in ("weak", "base", "strong")),
+             f"with {' / '.join(f'{b:,}' for b in labels.index)} human annotations {' / '.join(f'{v:.0%}' for v in labels)} of the domain teachers' labels "
+             f"are right, of annotators {1 - lab.SLIP_RATE:.0%}"]
+    for (word, _), g in rule.assign(run=(rule.distill != rule.distill.shift()).cumsum()).groupby(["distill", "run"], sort=False):
+        at = "" if g.advantage.isna().all() else f" an advantage of {' / '.join(f'{a:.2f}' for a in g.advantage)}"
+        lines.append(f"the rule, with {' / '.join(f'{b:,}' for b in g.budget)} examples: distill {word}{at}, of the advantages over the SFT student that "
+                     f"were measured, {g['least advantage'].min():.2f} to {g['most advantage'].max():.2f}")
+    for name, g in checked[checked.rule.isin(["budget and advantage", "one answer"])].groupby("rule"):
+        lines.append(f"on worlds left out of its fit the rule by {name} is right in {(g.right * g.cells).sum() / g.cells.sum():.0%} of {g.cells.sum()} "
+                     f"cells, with a root mean squared error of {((g.error**2 * g.cells).sum() / g.cells.sum())**0.5:.3f}")
+    return "\n".join(f"* {line[0].upper()}{line[1:]}." for line in lines)
+
+
+def recipes(root: Path) -> str:
+    """Accuracy of every recipe by human annotations: the mean over the lab's domains and worlds."""
+    every = pd.concat(pd.read_csv(p) for p in sorted((root / "lab").rglob("recipes.csv")))
+    means = every.drop(columns="domain").groupby("budget").mean()
+    return markdown(["recipe", *(f"{b:,} annotations" for b in means.index)],
+                    [[plots.STYLE[name]["label"], *(f"{v:.3f}" for v in means[name])] for name in means])
 
 
 def engine(root: Path) -> str:
@@ -126,7 +158,7 @@ def losses(root: Path) -> str:
     return markdown(["loss over", "naive", "in chunks", "of 16 rows", "of 64", "of 256"], rows)
 
 
-BLOCKS = {"claims": claims, "seeds": seeds, "skills": skills, "teachers": teachers, "engine": engine, "caches": caches, "batching": batching, "losses": losses}
+BLOCKS = {"claims": claims, "seeds": seeds, "found": found, "skills": skills, "teachers": teachers, "recipes": recipes, "engine": engine, "caches": caches, "batching": batching, "losses": losses}
 
 
 def generated(text: str, root: Path) -> str:
