@@ -171,7 +171,7 @@ def test_teachers_are_made_from_what_they_say_they_are():
 def test_lab_and_realtext_are_as_large_as_promised():
     lab, real = PRESETS["lab"], PRESETS["realtext"]
     assert len(lab.budgets) >= 6 and len(lab.seeds) >= 5 and len(real.budgets) >= 4 and len(real.seeds) >= 3
-    assert lab.sweep["world_seed"] not in lab.worlds and not set(real.sweep["seeds"]) & set(real.seeds)
+    assert not set(lab.sweep["worlds"]) & set(lab.worlds) and not set(real.sweep["seeds"]) & set(real.seeds)
 
 
 def test_records_hold_what_the_dictionary_says(tiny_records):

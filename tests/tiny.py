@@ -21,7 +21,7 @@ TINY = changed(
     train_rows=200, bases={name: {**base, "steps": 40} for name, base in SMOKE.bases.items()},
     teachers={name: {**t, "tuning": {"steps": 20, "learning_rate": 2e-3, "batch_size": 16}} for name, t in SMOKE.teachers.items()},
     steps=12, batch_size=8, budgets=(20, 200), seeds=(0, 1), max_new_tokens=6,
-    sweep={"world_seed": 900, "seeds": [100], "budgets": [20], "learning_rates": [1e-3, 2e-3]})
+    sweep={"worlds": [900], "seeds": [100], "budgets": [20], "learning_rates": [1e-3, 2e-3]})
 
 
 def plan(root, train_missing: bool = True, workers: int = 2, experiment: str = "data_budget") -> study.Plan:
