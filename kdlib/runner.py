@@ -1,5 +1,6 @@
 """Do tasks in parallel: in worker processes here, each on one thread, or on a Ray cluster."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -32,7 +33,6 @@ def compute(tasks: dict[Callable, float], workers: int = 0) -> None:
 
 def _processes(workers: int) -> ProcessPoolExecutor:
     import torch
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ProcessPoolExecutor(workers or (1 if torch.accelerator.is_available() else cores), multiprocessing.get_context("spawn"), _start_worker)
 
@@ -48,8 +48,10 @@ def _quiet() -> None:
     import torch
     from transformers.utils import logging
 
+    from kdlib import stages  # noqa: F401
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    gc.freeze()  # what is imported stays, so that no collection of garbage looks through it again
 
 
 class Ray(Executor):

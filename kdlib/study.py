@@ -159,7 +159,6 @@ def run(plan: Plan) -> list[dict]:
                          f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
         from kdlib import stages
-
         todo = stages.tasks(missing, plan.root)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
             runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers)
