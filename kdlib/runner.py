@@ -47,7 +47,6 @@ def _quiet() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging
-
     from kdlib import stages  # noqa: F401
     torch.set_num_threads(1)
     logging.set_verbosity_error()
