@@ -45,8 +45,8 @@ def _read(name: str, table: dict) -> Preset:
     shared = {"max_tokens": None, **table.pop("pretrain")}
     table["bases"] = {n: {**shared, **base} for n, base in table["bases"].items()}
     domain = table.setdefault("domain", {})
-    tuning = [domain["tuning"]["learning_rate"]] if domain else []
-    for rates in (*table["learning_rate"].values(), *domain.get("learning_rate", {}).values(), *tuning):
+    choices = [*table["learning_rate"].values(), *([*domain["learning_rate"].values(), domain["tuning"]["learning_rate"]] if domain else ())]
+    for rates in (r for given in choices for r in (given if isinstance(given, list) else [given])):
         for budget in list(rates):
             rates[int(budget)] = rates.pop(budget)
     return Preset(name=name, scored=METRICS[table["metric"]], **table)

@@ -111,10 +111,10 @@ def _phase(preset: Preset, rows: list[dict], teacher: dict | None = None, **how)
 
 
 def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, domains=None, pools=None, kd: dict | None = None,
-         split: str = "test", rate: float | None = None, arms=None) -> list[tuple[dict, dict]]:
+         split: str = "test", rate: tuple | None = None, arms=None) -> list[tuple[dict, dict]]:
     """Runs of an experiment, as labels and configuration: its :data:`~kdlib.presets.ARMS` side by side; by default the preset's grid. In a
     domain, the teacher is tuned on the same human answers before it answers the pool's prompts; the arms that read those run with the largest
-    of ``pools``, and at the middle budget with all.
+    of ``pools``, and at the middle budget with all. ``rate`` holds a learning rate for every stage, instead of the preset's.
     """
     d = preset.domain if experiment == "two_stage_domain" else {}
     usual, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, []
@@ -131,10 +131,9 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         if not (reads := d and any("synthetic" in rows for rows, _ in stages)) or budget != budgets[len(budgets) // 2]:
             if pool != pools[-1]:
                 continue
-        phases = []
-        for rows, how in stages:
-            last = (rows, how) == tuple(stages[-1])
-            at = rate if last and rate else preset.rate(usual["learning_rate"][method if last else f"{rows}_{how}"], budget)
+        phases, chosen = [], usual["learning_rate"][method]
+        rates = rate or [preset.rate(of_stage, budget) for of_stage in (chosen if isinstance(chosen, list) else [chosen])]
+        for (rows, how), at in zip(stages, rates, strict=True):
             phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, seed=seed, learning_rate=at,
                                  steps=usual["steps"] // len(stages), **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"],

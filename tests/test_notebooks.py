@@ -246,13 +246,16 @@ def test_start_here_trains_its_comparison_live_if_asked(smoke, tmp_path):
 
 def test_a_sweep_runs_what_is_missing_and_says_what_it_chose(tmp_path):
     nb = run(FOLDER / "07_learning_rates.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
-    assert "76 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
+    assert "88 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
     table = pd.read_csv(tmp_path / "results" / "smoke" / "tables" / "lr_sweep.csv")
     records = study.run(sweep(PRESETS["smoke"], tmp_path / "results"))
     frame = results.frame(records)
-    for (part, method, budget), rows in table.groupby(["part", "method", "budget"]):
+    first = {r["run_id"]: r["config"]["phases"][0]["learning_rate"] for r in records}
+    for (part, method, stage, budget), rows in table.groupby(["part", "method", "stage", "budget"]):
         own = frame[(frame.method == method) & (frame.budget == budget) & (frame.domain.isna() == (part == "general"))]
-        scores = own.groupby("learning_rate").accuracy.mean()
+        own = own.assign(first=own.run_id.map(first)).rename(columns={"learning_rate": "last"})
+        own = own[own["last"] == 1e-3] if stage == "first" else own[own["first"] == 1e-3] if stage == "last" else own
+        scores = own.groupby("first" if stage == "first" else "last").accuracy.mean()
         assert rows.set_index("learning_rate").score.to_dict() == pytest.approx(scores.to_dict(), rel=1e-4)
         best, = rows[rows.chosen].learning_rate
         assert best == scores[scores == scores.max()].index.min()

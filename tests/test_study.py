@@ -104,11 +104,9 @@ def test_recipes_of_a_domain_are_paired_and_train_as_many_steps(name):
         for r, config in cell:
             assert sum(p["steps"] for p in config["phases"]) == d["steps"] and config["evaluate"]["on"] == f"{domain}/test"
             assert config["start"] == study.model_spec(preset, d["student"], 0) and all(p["seed"] == seed for p in config["phases"])
-            *first, last = config["phases"]
-            rates = d["learning_rate"]
-            assert last["learning_rate"] == preset.rate(rates[r["method"]], budget)
-            for phase, (rows, method) in zip(first, RECIPES[r["method"]]):
-                assert phase["learning_rate"] == preset.rate(rates[f"{rows}_{method}"], budget), "what suits the stage alone"
+            rates = d["learning_rate"][r["method"]]
+            for phase, choices in zip(config["phases"], rates if isinstance(rates, list) else [rates], strict=True):
+                assert phase["learning_rate"] == preset.rate(choices, budget)
             for phase, (rows, method) in zip(config["phases"], RECIPES[r["method"]], strict=True):
                 assert (phase["teacher"] is not None) == (method == "kd") == (phase["alpha"] == 1.0)
                 for part, source in zip(phase["rows"], rows.split("+"), strict=True):
@@ -434,8 +432,9 @@ def test_the_sweep_crosses_rates_methods_budgets_and_seeds(tmp_path):
     combos = {(c["phases"][0]["learning_rate"], r["method"], r["teacher"], r["budget"], r["seed"]) for r, c in planned.runs if not r["domain"]}
     arms = (("sft", None), ("kd", "base"), ("seq_kd", "strong"))
     assert combos == {(rate, *arm, 20, 100) for rate in (1e-3, 2e-3) for arm in arms}
-    recipes = {(c["phases"][-1]["learning_rate"], r["method"], r["domain"], r["budget"], r["seed"]) for r, c in planned.runs if r["domain"]}
-    assert recipes == {(rate, recipe, domain, budget, 100) for rate in (1e-3, 2e-3) for recipe, _ in ARMS["two_stage_domain"]
+    recipes = {(tuple(p["learning_rate"] for p in c["phases"]), r["method"], r["domain"], r["budget"], r["seed"]) for r, c in planned.runs if r["domain"]}
+    rates = {1: {(1e-3,), (2e-3,)}, 2: {(1e-3, 1e-3), (1e-3, 2e-3), (2e-3, 1e-3)}}  # of the last stage, then of the first: 1e-3 suits both
+    assert recipes == {(rate, recipe, domain, budget, 100) for recipe, _ in ARMS["two_stage_domain"] for rate in rates[len(RECIPES[recipe])]
                        for domain in TINY.domain["names"] for budget in TINY.domain["budgets"]}
     assert len(planned.runs) == len(combos) + len(recipes) == len(set(planned.ids))
     assert {c["evaluate"]["on"] for c in planned.configs} == {"validation", "market/validation", "clinic/validation"}
@@ -458,7 +457,8 @@ def test_the_presets_rates_lie_inside_the_committed_sweeps_grid(name):
     assert len(results.read_records(root, name, planned.ids)) == len(planned.ids), "the committed sweep is complete"
     rates = sorted(preset.sweep["learning_rates"])
     lower = sorted([*preset.domain.get("last_stage_rates", ()), *rates])
-    for method, choice in [*preset.learning_rate.items(), *preset.domain.get("learning_rate", {}).items()]:
-        assert list(choice) == (preset.sweep["budgets"] if method in preset.learning_rate else preset.domain["budgets"])
-        low = lower[0] if len(RECIPES[method]) == 2 else rates[0]
-        assert low < min(choice.values()) <= max(choice.values()) < rates[-1], f"{method}'s rates lie inside the grid"
+    for method, given in [*preset.learning_rate.items(), *preset.domain.get("learning_rate", {}).items()]:
+        *first, last = given if isinstance(given, list) else [given]
+        for choice, low in [*((c, rates[0]) for c in first), (last, lower[0] if first else rates[0])]:
+            assert list(choice) == (preset.sweep["budgets"] if method in preset.learning_rate else preset.domain["budgets"])
+            assert low < min(choice.values()) <= max(choice.values()) < rates[-1], f"{method}'s rates lie inside the grid"

@@ -35,7 +35,7 @@ def sweep(preset: Preset, root) -> study.Plan:
     notebook = nbformat.read(results.REPOSITORY / "notebooks" / "07_learning_rates.ipynb", 4)
     cell, = (c for c in notebook.cells if c.id == "07-05")
     reported = study.Plan(preset, tuple(study.grid(preset, "data_budget", 0)), store.open_folder(root), True, False, 0)
-    names = {"reported": reported, "s": preset.sweep, "d": preset.domain, "train_missing": False, "workers": 0, "study": study, "presets": presets}
+    names = {"reported": reported, "s": preset.sweep, "d": preset.domain, "train_missing": False, "workers": 0, "study": study, "presets": presets, "results": results}
     exec(cell.source, names)
     return names["plan"]
 
