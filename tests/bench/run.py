@@ -76,7 +76,7 @@ def matmul_rate() -> float:
 def steps(rounds: int) -> dict:
     """Step time and memory of every engine at every size, against TRL and against SFT, and the share of the matmul rate."""
     out = {}
-    for size in ("lab", "mid", "large") if CUDA else ("lab", "mid"):
+    for size in ("large",) if CUDA else ("lab", "mid"):
         rate, found = matmul_rate(), alternating("step.py", ENGINES, rounds, size)
         for engine, runs in found.items():
             flop = process("step.py", engine, size, "count")["flop"]
