@@ -20,7 +20,10 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows = zip(*(x.split(attention_mask.flatten().tolist(), 2) for x in (query, key, value)))
-    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
+    with ExitStack() as after:  # cuDNN plans anew for every length, which takes longer than to attend
+        after.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
 
 AttentionInterface.register(ROWS, _rows_attention)

@@ -52,8 +52,7 @@ class Live:
         if self.linear is None:
             return inference.response_logits(self.model, inputs, mask)
         module = self.model.get_output_embeddings()
-        states = inference.at_head(self.model, inputs, mask, lambda hidden: hidden)
-        return Hidden(states, Head(module.weight, module.bias, **self.linear))
+        return Hidden(inference.at_head(self.model, inputs, mask, lambda hidden: hidden), Head(module.weight, module.bias, **self.linear))
 
 
 def weights_hash(model) -> str:
@@ -84,7 +83,7 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
         check(name, value, str, ", ".join(ALLOWED[name]), ALLOWED[name].__contains__)
     most = vocabulary if form == "top_k" else 2**16
     check("k", k, int, f"1 to {most}", lambda v: form in EXACT or 1 <= v <= most)
-    check("shard_rows", shard_rows, int, "1 to 1000, which Arrow keeps in one piece", lambda v: 1 <= v <= 1000)
+    check("shard_rows", shard_rows, int, "a whole number from 1", lambda v: v >= 1)
     rows = list(rows)  # a datasets.Dataset, too
     if len({str(r.get("id")) for r in rows}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one, or have none.")
@@ -193,12 +192,11 @@ class Cached:
         store.check_files(self.folder / "vocabulary")
         self.shards, self.place, k = [], {}, self.spec.get("k")
         self.widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "ids": k, "log_probs": k, "entropy": 1, "log_tail": 1}
-        complete = json.loads(done.read_text())
-        if complete.get("spec") != store.digest(self.spec):
+        if (complete := json.loads(done.read_text())).get("spec") != store.digest(self.spec):
             raise ValueError(f"The cache in {folder} was changed after it was written (spec.json); write it anew in a new folder.")
-        for number in range(complete["shards"]):
-            table = load_from_disk(store.check_files(self.folder / f"shard-{number:05d}")).data
-            columns = {n: table.column(n).chunk(0) for n in table.column_names}  # as it lies in the file, not a copy
+        folders = (store.check_files(self.folder / f"shard-{i:05d}") for i in range(complete["shards"]))
+        for number, batch in enumerate(b for folder in folders for b in load_from_disk(folder).data.to_batches()):
+            columns = dict(zip(batch.schema.names, batch.columns))  # as they lie in the file, which is in pieces if large, not a copy
             arrays = {n: (c.offsets.to_numpy(), c.values.to_numpy()) for n, c in columns.items() if n in self.widths}
             rows = zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())
             self.place |= {key: (number, i, tokens) for i, (key, tokens) in enumerate(rows)}

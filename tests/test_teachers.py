@@ -1,6 +1,7 @@
 import json
 import math
 
+import datasets
 import pyarrow as pa
 import pytest
 import torch
@@ -213,8 +214,17 @@ def test_a_cache_is_mapped_and_not_copied(teacher, tokenizer, examples, tmp_path
     opened = Cached(folder)
     size = sum(values.nbytes for arrays in opened.shards for _, values in arrays.values())
     assert size > 100_000 and pa.total_allocated_bytes() - before < size / 10
-    with pytest.raises(ValueError, match="shard_rows=1001 is not allowed; allowed: 1 to 1000"):
-        write_cache(tmp_path / "big", teacher, tokenizer, examples, shard_rows=1001)
+
+
+def test_a_shard_that_arrow_keeps_in_pieces_is_read_whole(student, teacher, tokenizer, examples, tmp_path, monkeypatch):
+    whole = cache(tmp_path / "whole", teacher, tokenizer, examples, form="hidden", dtype="float32")
+    monkeypatch.setattr(datasets.config, "MAX_ROW_GROUP_SIZE", "10KB")
+    pieces = cache(tmp_path / "pieces", teacher, tokenizer, examples, form="hidden", dtype="float32")
+    assert len(pieces.shards) > 2 * len(whole.shards)
+    for a, b in zip(rows_of(whole, student, tokenizer, examples)[0], rows_of(pieces, student, tokenizer, examples)[0]):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="shard_rows=0 is not allowed; allowed: a whole number from 1"):
+        write_cache(tmp_path / "none", teacher, tokenizer, examples, shard_rows=0)
 
 
 def test_another_configuration_is_another_teacher(teacher, tokenizer, examples, tmp_path):
