@@ -114,15 +114,19 @@ def recipes(root: Path) -> str:
 
 
 def engine(root: Path) -> str:
-    """Time and memory of a training step, one row an engine, device and size."""
+    """Time and memory of a training step, one row an engine, device and size; of fewer than three rounds all that was seen."""
+    def seen(value, unit, digits, times=1):
+        low, middle, high = (f"{value[k] * times:,.{digits}f}" for k in ("min", "median", "max"))
+        return f"{middle}{unit}" if value["n"] >= 3 or low == high else f"{low} to {high}{unit}"
+
     rows = []
     for path in sorted(root.glob("bench/*-steps.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, row in record["found"].items():
             size, kind = name.split(", ")
             if kind in NAMES:
-                ratios = [f"{row[k]['median']:.2f}×" if k in row else "" for k in ("faster_than_trl", "memory_of_trl", "step_of_sft")]
-                rows.append([record["device"], size, NAMES[kind], f"{1000 * row['step_s']['median']:.0f} ms", *ratios])
+                ratios = [seen(row[k], "×", 2) if k in row else "" for k in ("faster_than_trl", "memory_of_trl", "step_of_sft")]
+                rows.append([record["device"], size, NAMES[kind], seen(row["step_s"], " ms", 0, 1000), *ratios])
     return markdown(["device", "size", "engine", "a step", "faster than TRL", "memory of TRL's", "time of an SFT step"], rows)
 
 
