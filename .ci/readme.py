@@ -102,6 +102,8 @@ def found(root: Path) -> str:
     for name, g in checked[checked.rule.isin(["budget and advantage", "one answer"])].groupby("rule"):
         lines.append(f"on worlds left out of its fit the rule by {name} is right in {(g.right * g.cells).sum() / g.cells.sum():.0%} of {g.cells.sum()} "
                      f"cells, with a root mean squared error of {((g.error**2 * g.cells).sum() / g.cells.sum())**0.5:.3f}")
+    if (cells.gap > delta).nunique() == 1:
+        lines.append("every measured gap lies on the same side of δ, so whatever says so is right, and only the errors tell the rules apart")
     return "\n".join(f"* {line[0].upper()}{line[1:]}." for line in lines)
 
 

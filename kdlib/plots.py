@@ -29,8 +29,7 @@ def lines(ax, runs: pd.DataFrame, value: str, by: str, x: str, label: str, looks
         found = [(arm, at, *stats.paired_interval(g[value])[:4]) for at, g in own.groupby(x)]
         table = pd.DataFrame(found, columns=[by, x, "mean", "ci_low", "ci_high", "n_seeds"])
         mean, shift = table["mean"], 1.06 ** (place - (len(arms) - 1) / 2)
-        ax.errorbar(table[x] * shift, mean, [mean - table.ci_low, table.ci_high - mean], capsize=3, markersize=6,
-                    **look)
+        ax.errorbar(table[x] * shift, mean, [mean - table.ci_low, table.ci_high - mean], capsize=3, markersize=6, **look)
         ax.scatter(own[x] * shift * 1.03, own[value], s=9, color=look["color"], alpha=0.45, linewidths=0)
         ends.append((mean.iloc[-1], look))
         tables.append(table)

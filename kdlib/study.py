@@ -76,8 +76,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
         at = check("temperature", given.get("temperature", 1.0), float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
         chosen = {"kd": {"alpha": float(alpha), "temperature": float(at), **({"kind": kind} if kind != KINDS[0] else {})}}
     else:
-        names = ", ".join(usual["names"])
-        domains = check("domains", given.get("domains", []), list, f"a list of {names}", lambda v: all(n in usual["names"] for n in v))
+        domains = check("domains", given.get("domains", []), list, f"a list of {', '.join(usual['names'])}", lambda v: all(n in usual["names"] for n in v))
         chosen = {"domains": domains, "pools": numbers("pools", 1, usual["pool_rows"], f"{usual['pool_rows']}, the prompts of a pool")}
     runs = grid(preset, experiment, world, budgets, seeds, **chosen)
     return Plan(preset, tuple(runs), store.open_folder(folder or results.REPOSITORY / "results"),
@@ -128,9 +127,9 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
             teacher = {"start": teacher, "phases": [_phase(preset, [human], **tuning)]}
         said = {**_said(preset, f"{domain}/pool" if d else "train", teacher), "budget": pool or budget, "seed": seed}
         stages, parts = RECIPES[method], {"human": human, "synthetic": said}
-        if not (reads := d and any("synthetic" in rows for rows, _ in stages)) or budget != budgets[len(budgets) // 2]:
-            if pool != pools[-1]:
-                continue
+        reads = d and any("synthetic" in rows for rows, _ in stages)
+        if pool != pools[-1] and not (reads and budget == budgets[len(budgets) // 2]):
+            continue
         phases, chosen = [], usual["learning_rate"][method]
         rates = rate or [preset.rate(of_stage, budget) for of_stage in (chosen if isinstance(chosen, list) else [chosen])]
         for (rows, how), at in zip(stages, rates, strict=True):

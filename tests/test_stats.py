@@ -245,3 +245,13 @@ def test_over_worlds_the_world_is_a_random_effect():
     assert found["world_seeds"] == [0, 1, 2] and found["n_seeds"] == 7 and len(found["run_ids"]) == sum(len(c["run_ids"]) for c in claims)
     with pytest.raises(ValueError, match="one contrast over as many seeds each"):
         stats.over_worlds([claims[0], {**claims[1], "n_seeds": 6}])
+
+
+def test_worlds_that_agree_by_luck_are_no_surer_than_their_seeds():
+    values = np.array([[0.01, 0.05, 0.09], [0.02, 0.05, 0.08], [0.04, 0.05, 0.06]])
+    frame = [runs(lambda b, s, w=w: values[w, s], seeds=range(3)).assign(world_seed=w, run_id=lambda f, w=w: f.run_id + f" {w}") for w in range(3)]
+    alone = [stats.budget_claims(f, ACC)[0] for f in frame]
+    found = stats.over_worlds([{**c, "level": 0.95} for c in alone], 0.99)
+    error = math.sqrt(values.var(axis=1, ddof=1).sum() / 3 / 9)
+    assert (found["ci_high"] - found["ci_low"]) / 2 == pytest.approx(scipy_stats.t.ppf(0.995, 2) * error, rel=1e-4)
+    assert found["level"] == 0.99 and found["verdict"] == "exploratory: inconclusive"
