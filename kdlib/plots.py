@@ -13,7 +13,7 @@ from kdlib import results, stats, store
 from kdlib.presets import Metric
 
 LOOKS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-GROUPS = [("#D55E00", "s", "#D55E00"), ("#333333", "o", "white"), ("#0072B2", "^", "#0072B2"), ("#CC79A7", "v", "white"), ("#009E73", "D", "#009E73")]
+GROUPS = [("#222222", "s", "#222222"), ("#222222", "o", "white"), ("#888888", "^", "#888888"), ("#555555", "v", "white"), ("#AAAAAA", "D", "#AAAAAA")]
 STYLE = {arm: dict(zip(("color", "marker", "linestyle", "label"), look)) for arm, look in LOOKS.items()}
 OPTIONS = {"svg.hashsalt": "kdlib", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
            "grid.alpha": 0.3, "figure.constrained_layout.use": True}
@@ -28,7 +28,7 @@ def lines(ax, runs: pd.DataFrame, value: str, by: str, x: str, label: str, looks
         look, own = looks[arm], runs[runs[by] == arm]
         found = [(arm, at, *stats.paired_interval(g[value])[:4]) for at, g in own.groupby(x)]
         table = pd.DataFrame(found, columns=[by, x, "mean", "ci_low", "ci_high", "n_seeds"])
-        mean, shift = table["mean"], 1.06 ** (place - (len(arms) - 1) / 2)
+        mean, shift = table["mean"], 1.25 ** ((place - (len(arms) - 1) / 2) / max(4, len(arms)))
         ax.errorbar(table[x] * shift, mean, [mean - table.ci_low, table.ci_high - mean], capsize=3, markersize=6, **look)
         ax.scatter(own[x] * shift * 1.03, own[value], s=9, color=look["color"], alpha=0.45, linewidths=0)
         ends.append((mean.iloc[-1], look))

@@ -167,21 +167,30 @@ def test_the_readmes_sentences_hold_in_every_world():
     means = pd.concat([pd.read_csv(w / "tables" / "recipes.csv").groupby("domain").mean().drop(columns="budget") for w in worlds])
     gaps = cells.pivot_table(index="budget", columns=["world_seed", "teacher"], values="gap")
     right = teachers.pivot_table(index="world_seed", columns="teacher", values="teacher_accuracy")
-    fewest, ours = gaps.iloc[0].unstack("teacher"), means.kd_then_sft
+    ours, reverse = means.kd_then_sft, pd.read_csv(RESULTS / "lab" / "report" / "tables" / "reversed_order.csv")
+    fewest = pd.concat([pd.read_csv(w / "tables" / "recipes.csv").groupby("domain").first() for w in worlds])
+    strongest = pd.Series([pd.read_csv(w / "tables" / "students.csv").set_index("arm").accuracy["kd strong"] for w in worlds], index=right.index)
+    across = {c["claim"]: c["verdict"] for c in results.read_claims(RESULTS / "lab") if len(c["world_seeds"]) > 1}
     for sentence, holds in (
             ("With little data distillation wins in every world.", all(v["C1a"] == "supported" for v in verdicts)),
-            ("Its lead is not largest where data are fewest: it first grows, peaks, and shrinks from there",
-             gaps.idxmax().between(*gaps.index[[1, -2]]).all()),
-            ("the fall with every doubling that C1b asks for is established in no world", all(v["C1b"] == "inconclusive" for v in verdicts)),
+            ("Its lead is not largest where data are fewest: it first grows, peaks in the lower half of the budgets, and is smaller at the end",
+             gaps.idxmax().between(*gaps.index[[1, len(gaps) // 2]]).all() and (gaps.iloc[-1] < gaps.max()).all()),
+            ("a fall with every doubling (C1b) is established in no world", all(v["C1b"] == "inconclusive" for v in verdicts)),
+            ("though three worlds are too few to say so of worlds in general", across["C2a"] == "inconclusive"),
             ("KD from the strong teacher still beats SFT in every world", all(v["C2a"] == "supported" for v in verdicts)),
             ("in none measurably KD from the base teacher", all(v["C2b"] == "inconclusive" for v in verdicts)),
             ("the strong teacher itself is right more often in each", (right.strong > right.base).all()),
-            ("A teacher no larger than the student does best of the three where data are fewest.", (fewest.idxmax(axis=1) == "weak").all()),
+            ("A teacher no larger than the student does best of the three in most cells.",
+             (gaps.stack("world_seed").idxmax(axis=1) == "weak").mean() > 0.5),
+            ("Longer SFT alone, which is how the weak teacher was made, comes as far as KD from the strong teacher or farther.",
+             (right.weak > strongest - PRESETS["lab"].scored.delta).all()),
             ("two stages beat human annotations alone on average", (ours > means[["human_sft", "human_kd"]].max(axis=1)).all()),
             ("but neither the better of the two recipes on the teacher's labels alone nor the mixture",
              (ours < means[["synthetic_sft", "synthetic_kd"]].max(axis=1)).all() and (ours < means.mixture).all()),
-            ("the reverse order, human annotations first and the teacher's distributions last, has the highest mean of all recipes in every "
-             "domain of every world", (means.idxmax(axis=1) == "sft_then_kd").all())):
+            ("The reversed order, human annotations first and the teacher's distributions last, has the highest mean of all recipes in every "
+             "domain of every world, by little in most", (means.idxmax(axis=1) == "sft_then_kd").all() and (reverse.ci_low > 0).mean() < 0.5),
+            ("at the fewest annotations the first of two stages got one that does worse in the reported worlds than synthetic KD's own",
+             all((fewest[a] < fewest.synthetic_kd).all() for a in ("kd_then_sft", "kd_then_kd")))):
         assert sentence in text and holds, sentence
 
 

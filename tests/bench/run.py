@@ -128,19 +128,23 @@ def caches(rounds: int) -> dict:
             for form, runs in found.items()}
 
 
-def main(rounds: int = 5, *chosen: str) -> None:
-    """Run everything, or what is ``chosen`` by name; each benchmark writes its record as it ends."""
+def record_of(name: str, about: str, bench, threads: int = 2) -> None:
+    """Write the record of a benchmark, whose name and docstring these are, as it ends."""
     packages = {p: version(p).split("+")[0] for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
+    record = {"benchmark": name, "about": about, "device": DEVICE, "processor": (MODELS or [platform.processor()])[0], "threads": threads, "packages": packages,
+              "environment": results.environment(), "found": bench()}
+    path = results.REPOSITORY / "results" / "bench" / f"{DEVICE.replace(' ', '-').lower()}-{name}.json"
+    store.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    print(f"written: {path.relative_to(results.REPOSITORY)}")
+
+
+def main(rounds: int = 5, *chosen: str) -> None:
+    """Run everything, or what is ``chosen`` by name."""
     engines = [name for name in ENGINES if name in chosen]
     wanted = {*chosen} - {*engines} | {*(["steps"] if engines else [])}
     for name, bench in (("steps", partial(steps, engines=engines or ENGINES)), ("batching", batching), ("loss", losses), ("cache", caches)):
-        if wanted and name not in wanted:
-            continue
-        record = {"benchmark": name, "about": getattr(bench, "func", bench).__doc__, "device": DEVICE, "processor": (MODELS or [platform.processor()])[0], "threads": 2, "packages": packages,
-                  "environment": results.environment(), "found": bench(rounds)}
-        path = results.REPOSITORY / "results" / "bench" / f"{DEVICE.replace(' ', '-').lower()}-{name}.json"
-        store.write_atomic(path, json.dumps(record, indent=1) + "\n")
-        print(f"written: {path.relative_to(results.REPOSITORY)}")
+        if not wanted or name in wanted:
+            record_of(name, getattr(bench, "func", bench).__doc__, partial(bench, rounds))
 
 
 if __name__ == "__main__":
