@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= lab
 OUT ?= .study
+WORLDS ?= 0
 WORKERS ?= 0
+SITE ?= .site
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
@@ -11,16 +13,19 @@ EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -qiE 'index|find-links' && echo https://download.pytorch.org/whl/cpu)
 
-.PHONY: study smoke test lab sweep bench outputs readme clean
+.PHONY: study smoke test lab sweep bench outputs readme replay report clean
 
 study: $(READY)
-	@$(BIN)/python -c "import sys; sys.tracebacklimit = 0; from kdlib import study; study.plan('', {'preset': '$(PRESET)', 'results_dir': '$(OUT)'})"
-	@mkdir -p "$(OUT)/$(PRESET)/notebooks"
-	@set -e; for nb in $(EXPERIMENTS); do echo "== $$nb, preset $(PRESET), results in $(OUT)/$(PRESET)"; \
-	  copy="$(OUT)/$(PRESET)/notebooks/$$(basename $$nb)" part="$(OUT)/$(PRESET)/notebooks/.unfinished-$$$$.ipynb"; \
-	  $(BIN)/papermill $$nb "$$part" -p preset $(PRESET) -p results_dir "$(OUT)" \
+	@set -e; able=$$($(BIN)/python .ci/experiments.py '$(PRESET)' '$(WORLDS)' '$(OUT)' $(EXPERIMENTS)); \
+	for world in $$(echo $(WORLDS) | tr , ' '); do for nb in $$able; do \
+	  echo "== $$nb, preset $(PRESET), world $$world, results in $(OUT)/$(PRESET)"; \
+	  folder="$(OUT)/$(PRESET)/notebooks"; [ $$world = 0 ] || folder="$(OUT)/$(PRESET)/world-$$world/notebooks"; mkdir -p "$$folder"; \
+	  case $$nb in *07_*) which=;; *) which="-p world_seed $$world";; esac; \
+	  $(BIN)/papermill $$nb "$$folder/.unfinished-$$$$.ipynb" -p preset $(PRESET) $$which -p results_dir "$(OUT)" \
 	    -p workers $(WORKERS) --log-output --log-level WARNING --stdout-file /dev/stdout --no-progress-bar; \
-	  mv -f "$$part" "$$copy"; done
+	  mv -f "$$folder/.unfinished-$$$$.ipynb" "$$folder/$$(basename $$nb)"; done; done; \
+	case "$(WORLDS) $$able" in *,*04_*) $(BIN)/papermill notebooks/05_report.ipynb "$(OUT)/$(PRESET)/notebooks/05_report.ipynb" \
+	  -p preset $(PRESET) -p results_dir "$(OUT)" -y "worlds: [$(WORLDS)]" --no-progress-bar;; esac
 	@$(BIN)/python .ci/readme.py "$(OUT)"
 
 smoke:
@@ -34,7 +39,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 sweep:
-	@$(MAKE) --no-print-directory study EXPERIMENTS=notebooks/07_learning_rates.ipynb
+	@$(MAKE) --no-print-directory study WORLDS=0 EXPERIMENTS=notebooks/07_learning_rates.ipynb
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -e '.[bench]'
@@ -49,8 +54,16 @@ outputs: $(READY)
 readme: $(READY)
 	$(BIN)/python .ci/readme.py
 
+# Recompute everything from the committed records, without training, and compare.
+replay: $(READY)
+	$(BIN)/python .ci/replay.py
+
+# The notebooks as one small site.
+report: $(READY)
+	$(BIN)/python .ci/site.py $(SITE)
+
 clean:
-	rm -rf .study .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants
+	rm -rf .study .site .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants
 
 $(READY): .requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"

@@ -17,9 +17,7 @@ class Corpus:
     """Data of a study: rows with ``id``, ``messages``, ``skill``, ``suite``, perhaps ``clean`` (the answer without a slip)."""
 
     pretrain: Callable[[], list[str]]  # gives the plain text lines for base models
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+    sets: dict[str, Dataset]  # by name: train, validation, test
     vocabulary: list[str] | None = None  # the words of a closed vocabulary; without one a BPE is trained
     report: dict = field(default_factory=dict)  # counts of what loading left out
 
@@ -28,8 +26,7 @@ def encode(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     """``(input_ids, labels)``; labels are -100 outside the assistant's turns. Raises ValueError if nothing would be learned."""
     out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     if not any(out["assistant_masks"]):
-        raise ValueError("The chat template marks no assistant tokens: it needs {% generation %} around the assistant's "
-                         "content, and the conversation an assistant turn.")
+        raise ValueError("The chat template marks no assistant tokens: it needs {% generation %} around what an assistant turn says.")
     return out["input_ids"], [t if m else IGNORE for t, m in zip(out["input_ids"], out["assistant_masks"])]
 
 
@@ -71,8 +68,7 @@ def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False) -> 
         report["response_tokens"] += response
         rows.append((i, *fitted))
     kept = dataset.select([i for i, _, _ in rows])
-    kept = kept.add_column("input_ids", [ids for _, ids, _ in rows]).add_column("labels", [ls for _, _, ls in rows])
-    return kept, report
+    return kept.add_column("input_ids", [ids for _, ids, _ in rows]).add_column("labels", [ls for _, _, ls in rows]), report
 
 
 def pack(texts: list[str], tokenizer, block: int, max_tokens: int | None = None) -> Dataset:
@@ -98,20 +94,12 @@ def nested_order(skills: list[str], seed: int) -> list[int]:
     return [i for _, i in sorted(placed)]
 
 
-def stream(rows: list[int], steps: int, batch_size: int, seed: int, lengths: list[int] | None = None, window: int = 1) -> list[int]:
-    """``steps * batch_size`` row numbers: shuffled passes over ``rows``, one after another; the order a training run sees."""
+def stream(pools: list[list[int]], steps: int, batch_size: int, seed: int) -> list[int]:
+    """``steps * batch_size`` row numbers: shuffled passes over each of ``pools``, which take turns; the order a training run sees."""
     rng = random.Random(f"stream {seed}")
-    needed, order = steps * batch_size, []
-    while len(order) < needed:
-        order += rng.sample(rows, len(rows))
-    del order[needed:]
-    if window > 1:  # form each ``window`` batches anew of neighbours in length: less padding, the same rows
-        for start in range(0, needed, window * batch_size):
-            part = sorted(order[start:start + window * batch_size], key=lambda i: lengths[i])
-            batches = [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
-            rng.shuffle(batches)
-            order[start:start + window * batch_size] = [i for batch in batches for i in batch]
-    return order
+    needed = steps * batch_size
+    passes = [[row for _ in range(0, needed, len(pool) * len(pools)) for row in rng.sample(pool, len(pool))] for pool in pools]
+    return [row for turn in zip(*passes) for row in turn][:needed]
 
 
 def example_key(identifier: str) -> int:
@@ -121,19 +109,18 @@ def example_key(identifier: str) -> int:
 
 @dataclass
 class Collator:
-    """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids.
-
-    With ``pack`` rows share sequences where that saves a tenth of all tokens, and ``position_ids`` start anew in each: rows of up to
-    63 tokens two by two, longer ones all in one without padding, for which ``rows`` are their lengths.
+    """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids. With
+    ``pack`` rows share sequences where that saves a tenth of all tokens, and ``position_ids`` start anew in each: rows of up to 63 tokens two
+    by two, longer ones all in one without padding, for which ``rows`` are their lengths.
     """
 
     pad_token_id: int
     pack: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        if odd := [r for r in rows if not 0 < len(r["input_ids"]) == len(r.get("labels", ()))]:
-            raise ValueError(f"Every row needs input_ids and as many labels; one has {len(odd[0]['input_ids'])} and "
-                             f"{len(odd[0].get('labels', ()))}.")
+        for ids, labels in ((r["input_ids"], r.get("labels", ())) for r in rows):
+            if not 0 < len(ids) == len(labels):
+                raise ValueError(f"Every row needs input_ids and as many labels; one has {len(ids)} and {len(labels)}.")
         lengths = [max(1, len(r["input_ids"]) - 1) for r in rows]
         longer = sorted(range(len(rows)), key=lambda i: -lengths[i])
         pairs = [list({a, b}) for a, b in zip(longer[:-(-len(rows) // 2)], longer[::-1])]  # the longest with the shortest

@@ -4,13 +4,10 @@ import math
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from kdlib.data import Collator
 from kdlib.inference import generate, response_logits, response_rows
-
-BATCH = 64
 
 
 def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
@@ -27,27 +24,21 @@ def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> li
     return [int(verify(row, reply)) for row, reply in zip(rows.remove_columns(["messages", "input_ids", "labels"]), said)]
 
 
-def macro(outcomes: list[int], groups: list[str]) -> tuple[float, dict[str, float]]:
-    """``(mean over groups of the group means, the group means)``."""
-    means = pd.Series(outcomes, dtype=float).groupby(groups).mean().to_dict()
-    return sum(means.values()) / len(means), means
-
-
 @torch.inference_mode()
 def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -> dict[str, torch.Tensor]:
     """By response token: ``row``, ``nll`` (nats), ``confidence``, ``correct``; with a ``teacher`` its nll, entropy, and ``agree``."""
     collate, parts = Collator(pad_token_id), []
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
-    for start in range(0, len(order), BATCH):
-        chunk = order[start:start + BATCH]
+    for start in range(0, len(order), 64):
+        chunk = order[start:start + 64]
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
         mask, targets = response_rows(batch)
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
-        log_q = F.log_softmax(response_logits(model, batch, mask).float(), -1)
+        log_q = torch.log_softmax(response_logits(model, batch, mask).float(), -1)
         best, guess = log_q.max(-1)
         part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "correct": guess == targets}
         if teacher is not None:
-            log_p = F.log_softmax(response_logits(teacher, batch, mask).float(), -1)
+            log_p = torch.log_softmax(response_logits(teacher, batch, mask).float(), -1)
             part |= {"teacher_nll": -log_p.gather(1, targets[:, None])[:, 0], "agree": log_p.argmax(-1) == guess,
                      "teacher_entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
         parts.append({k: v.float().cpu() for k, v in part.items()})
@@ -75,21 +66,21 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
     if verify:
         items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
+        means = pd.Series(items["correct"], dtype=float).groupby([items["suite"], items["skill"]]).mean()
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
-            if pairs := [(c, k) for c, s, k in zip(items["correct"], rows["suite"], rows["skill"]) if s == suite]:
-                metrics[name], metrics[f"{name}_by_skill"] = macro(*map(list, zip(*pairs)))
+            if parts := means.get(suite, pd.Series()).to_dict():
+                metrics |= {name: sum(parts.values()) / len(parts), f"{name}_by_skill": parts}
     scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id, teacher)
     nll = torch.zeros(len(rows)).index_add_(0, scores["row"].long(), scores["nll"]).tolist()
     answers = ["".join(m["content"] for m in ms if m["role"] == "assistant") for ms in rows["messages"]]
     items |= {"nll": [round(v, 4) for v in nll], "bytes": [len(a.encode()) for a in answers]}
     own = {skill: [i for i, s in enumerate(items["skill"]) if s == skill] for skill in sorted(set(items["skill"]))}
     by_skill = {skill: bits_per_byte([nll[i] for i in places], [answers[i] for i in places]) for skill, places in own.items()}
-    metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers),
-                "bits_per_byte_by_skill": by_skill, "top1": float(scores["correct"].mean()),
-                "ece": calibration_error(scores["confidence"], scores["correct"])}
+    mean = {name: float(values.mean()) for name, values in scores.items()}
+    metrics |= {"nll": mean["nll"], "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
+                "top1": mean["correct"], "ece": calibration_error(scores["confidence"], scores["correct"])}
     if clean is not None:
         metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())
     if teacher is not None:
-        metrics |= {"teacher_nll": float(scores["teacher_nll"].mean()), "top1_agreement": float(scores["agree"].mean()),
-                    "teacher_entropy": float(scores["teacher_entropy"].mean())}
+        metrics |= {"teacher_nll": mean["teacher_nll"], "top1_agreement": mean["agree"], "teacher_entropy": mean["teacher_entropy"]}
     return metrics, items

@@ -1,9 +1,10 @@
 """What a causal LM says: its hidden states or logits at chosen positions only, and its own answers."""
 
 from contextlib import ExitStack, contextmanager, suppress
+from unittest.mock import patch  # an attribute for a while, and then what was there
 
 import torch
-from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -19,7 +20,10 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows = zip(*(x.split(attention_mask.flatten().tolist(), 2) for x in (query, key, value)))
-    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
+    with ExitStack() as after:  # cuDNN plans anew for every length, which takes longer than to attend
+        after.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
 
 AttentionInterface.register(ROWS, _rows_attention)
@@ -33,10 +37,7 @@ def taken(batch: dict) -> dict:
 
 
 def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(mask, targets)``: positions (B, L) of ``input_ids`` whose next token is a response token, and those tokens (N,).
-
-    ``labels`` are (B, L), or one wider where a row's last token is a label only.
-    """
+    """``(mask, targets)``: positions (B, L) whose next token is a response token, and those tokens (N,); ``labels`` may be one wider."""
     nxt = torch.full_like(batch["input_ids"], IGNORE)
     found = batch["labels"][:, 1:]
     nxt[:, :found.shape[1]] = found
@@ -45,34 +46,14 @@ def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> torch.Tensor:
-    """Logits (N, V) that predict the response tokens; ``mask`` (B, L) marks the positions that predict one.
-
-    The model's own forward runs as it is, so whatever it does to logits stays in force.
-    """
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:]))
-    try:
+    """Logits (N, V) at ``mask`` (B, L), which predict the response tokens, from the model's own forward with all that it does to them."""
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:])):
         return (model if wrapped is None else wrapped)(**taken(inputs)).logits
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _doing(module, forward):
-    """``module`` with another ``forward`` for a while."""
-    own = vars(module).get("forward")  # of a library that hooks modules
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        vars(module).update({"forward": own} if own else {})
 
 
 def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
-    """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass.
-
-    There, parameters that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
+    """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass. There, parameters
+    that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
     """
     results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
     where = mask.nonzero(as_tuple=True)
@@ -83,11 +64,11 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
         return results[0].sum() * hidden.new_ones(1, 1, 1)
 
     with ExitStack() as stack:
-        stack.enter_context(_doing(head, forward))
+        stack.enter_context(patch.object(head, "forward", forward))
         if norm is not None:
             dense, last = feed_forward.forward, norm.forward
-            stack.enter_context(_doing(feed_forward, lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
-            stack.enter_context(_doing(norm, lambda x: last(x[where])[None]))
+            stack.enter_context(patch.object(feed_forward, "forward", lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
+            stack.enter_context(patch.object(norm, "forward", lambda x: last(x[where])[None]))
         (model if wrapped is None else wrapped)(**taken(inputs))
     return results[0]
 
@@ -121,7 +102,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def linear_head(model) -> dict | None:
     """``scale`` and ``softcap`` with which :class:`~kdlib.losses.Head` gives the model's logits, as tried; None if it cannot."""
     module, config = model.get_output_embeddings(), model.config
-    if type(module) is not nn.Linear:
+    if type(module) is not torch.nn.Linear:
         return None
     found = {"scale": getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1),
              "softcap": getattr(config, "final_logit_softcapping", None)}
@@ -133,7 +114,7 @@ def linear_head(model) -> dict | None:
             ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, head).logits).to(own.dtype)
         except (TypeError, ValueError, RuntimeError, IndexError):  # the layout of Llama by name alone
             return None
-        with _doing(module, lambda hidden: large.expand(*hidden.shape[:-1], -1)):
+        with patch.object(module, "forward", lambda hidden: large.expand(*hidden.shape[:-1], -1)):
             shaped = model(**inputs, use_cache=False).logits[0]
     return found if _close(own, ours) and _close(shaped, head.shape(large).expand_as(shaped)) else None
 
@@ -159,26 +140,19 @@ def keeps_rows_apart(model) -> bool:
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, temperature: float = 0.0,
              batch_size: int = 256, vocabulary: int | None = None) -> list[list[int]]:
-    """Answers (token ids, the end token included if it came) to ``prompts``, greedy at temperature 0, else sampled.
-
-    Prompts of like length go together, padded on the left; keys and values are kept. No token from ``vocabulary`` on is said.
-    """
+    """Answers (token ids, with the end token if it came) to ``prompts``, greedy at temperature 0, else sampled, below ``vocabulary``."""
     answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None
     inner = getattr(model, "get_base_model", lambda: model)()  # of adapters, which write to it
-    habits = model.generation_config, inner.generation_config  # a model's top_p or penalties are not its distribution
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
-        width = max(len(prompts[i]) for i in chunk)
-        ids = torch.tensor([[pad_token_id or 0] * (width - len(prompts[i])) + prompts[i] for i in chunk], device=model.device)
-        seen = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=model.device)
-        try:
-            model.generation_config = GenerationConfig()
+        ids, seen = (pad_sequence([torch.tensor(row(prompts[i])) for i in chunk], True, filler, "left").to(model.device)
+                     for row, filler in ((list, pad_token_id or 0), (lambda p: [1] * len(p), 0)))
+        with (patch.object(inner, "generation_config", GenerationConfig()),  # a model's top_p or penalties are not its distribution
+              patch.object(model, "generation_config", GenerationConfig())):
             out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
-                                 eos_token_id=eos_token_id, **how)[:, width:].tolist()
-        finally:
-            model.generation_config, inner.generation_config = habits
+                                 eos_token_id=eos_token_id, **how)[:, ids.shape[1]:].tolist()
         for i, answer in zip(chunk, out):
             answers[i] = answer[:answer.index(eos_token_id) + 1] if eos_token_id in answer else answer
     return answers

@@ -1,17 +1,18 @@
 """The lab world: a seeded, procedural instruction world in plain text, with a verifier for every answer.
 
-Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse),
-another language (translate), precise instructions (name). Annotators answer in several styles and slip at a stated rate. What
-the test and validation splits ask, the training split never does; a third of the phrasings are *unseen*.
+Its ten skills follow Tulu 3: knowledge (recall, two_hop, classify), mathematics (add, subtract, count), reasoning (sort, reverse), another
+language (translate), precise instructions (name). Two domains have their own, which only base text knows: a *market* (labels, cheaper,
+ranking of goods) and a *clinic* (remedy, visit, plan for animals in towns). Annotators answer in several styles and slip at a stated rate.
+Training never asks what the test and validation splits do; a third of the general phrasings are *unseen*.
 """
 
 import random
 import tomllib
 import zlib
+from collections import namedtuple
 from functools import partialmethod
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
 
 from datasets import Dataset, concatenate_datasets
 
@@ -21,19 +22,13 @@ TEXT = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 NAMES, TOWNS, LANDS, FOREIGN, LETTERS = (TEXT[k].split() for k in ("names", "towns", "lands", "foreign", "letters"))
 WORDS = {kind: members.split() for kind, members in TEXT["words"].items()}
 STYLES, STATEMENTS, PHRASINGS = TEXT["styles"], TEXT["statements"], TEXT["phrasings"]
-SKILLS = tuple(PHRASINGS)
-FILLER = frozenset(w for style in STYLES for w in style.split() if w != "{a}")
-SLIP_RATE = 0.2
-LARGEST = 20
+DOMAINS = {name: tuple(skills) for name, skills in TEXT["domains"].items()}
+SKILLS = tuple(skill for skill in PHRASINGS if not any(skill in own for own in DOMAINS.values()))
+FILLER = frozenset(w for styles in STYLES.values() for style in styles for w in style.split() if w != "{a}")
+SLIP_RATE, LARGEST = 0.2, 20
 
 
-class Question(NamedTuple):
-    """One thing to ask: ``key`` identifies the content, ``slip`` is a plausible wrong answer."""
-
-    key: str
-    slots: dict
-    answer: str
-    slip: str
+Question = namedtuple("Question", "key slots answer slip")  # key identifies the content, slots fill the phrasings, slip is plausible but wrong
 
 
 class World:
@@ -48,15 +43,14 @@ class World:
         self.dictionary = dict(zip(WORDS["colour"] + WORDS["animal"] + ["big", "small"], rng.sample(FOREIGN, len(FOREIGN))))
         self.noun_first = rng.random() < 0.5
         self.unseen = {skill: set(rng.sample(range(6), 2)) for skill in SKILLS}
-        small = {"recall": [f"{p} {r}" for p in NAMES for r in self.pools], "two_hop": list(NAMES),
-                 "classify": [w for members in WORDS.values() for w in members],
-                 "name": [" ".join(kinds) for kinds in permutations(WORDS, 3)]}
-        self.bucket = {(skill, key): 10 * i // len(keys)
-                       for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
-
-    def question(self, skill: str, rng: random.Random) -> Question:
-        """Draw one question of ``skill``."""
-        return getattr(self, "_" + skill)(rng)
+        goods = WORDS["food"] + WORDS["tool"]
+        self.label = {w: rng.choice(WORDS["colour"]) for w in goods}
+        self.price = {w: price for price, w in enumerate(rng.sample(goods, len(goods)))}
+        self.cure = {w: (rng.choice(WORDS["colour"]), rng.choice(WORDS["job"])) for w in WORDS["animal"]}
+        self.herb = {town: rng.choice(WORDS["food"]) for town in TOWNS}
+        small = {"recall": [f"{p} {r}" for p in NAMES for r in self.pools], "two_hop": NAMES,
+                 "classify": [w for members in WORDS.values() for w in members], "name": list(map(" ".join, permutations(WORDS, 3)))}
+        self.bucket = {(skill, key): 10 * i // len(keys) for skill, keys in small.items() for i, key in enumerate(rng.sample(keys, len(keys)))}
 
     def _recall(self, rng):
         p, r = rng.choice(NAMES), rng.choice(list(self.pools))
@@ -118,6 +112,28 @@ class World:
         wrong[rng.randrange(3)] = rng.choice(WORDS[rng.choice([k for k in WORDS if k not in kinds])])
         return Question(" ".join(kinds), dict(zip("cde", kinds)), " ".join(answer), " ".join(wrong))
 
+    def _goods(self, rng, count, say):
+        goods = rng.sample(list(self.price), count)
+        answer, wrong = say(self, goods).split(), goods[::-1]
+        while wrong == answer:
+            wrong = say(self, rng.sample(list(self.price), count)).split()
+        return Question(" ".join(goods), dict(zip("uvw", goods)), " ".join(answer), " ".join(wrong))
+
+    _labels = partialmethod(_goods, count=2, say=lambda self, goods: " then ".join(self.label[w] for w in goods[::-1]))
+    _cheaper = partialmethod(_goods, count=2, say=lambda self, goods: min(goods, key=self.price.get))
+    _ranking = partialmethod(_goods, count=3, say=lambda self, goods: " ".join(sorted(goods, key=self.price.get)))
+
+    def _animals(self, rng, count, say):
+        animals, town = rng.sample(list(self.cure), count), rng.choice(TOWNS)
+        answer, wrong = say(self, animals, town), ""
+        while wrong in ("", answer):
+            wrong = say(self, rng.sample(list(self.cure), count), rng.choice(TOWNS))
+        return Question(" ".join([*animals, town]), {"t": town, **dict(zip("vw", animals))}, answer, wrong)
+
+    _remedy = partialmethod(_animals, count=1, say=lambda self, animals, town: f"{self.cure[animals[0]][0]} {self.herb[town]}")
+    _visit = partialmethod(_animals, count=1, say=lambda self, animals, town: f"{self.cure[animals[0]][1]} to {town}")
+    _plan = partialmethod(_animals, count=2, say=lambda self, animals, town: " ".join([self.herb[town], *(self.cure[w][0] for w in animals)]))
+
     def verify(self, row: dict, response: str) -> bool:
         """True if ``response``, without its style, answers ``row`` (``skill``, ``answer``); any words of the kinds for ``name``."""
         words = [w for w in response.split() if w not in FILLER]
@@ -134,56 +150,68 @@ class World:
 
     def example(self, skill: str, split: str, suite: str, rng: random.Random) -> dict:
         """One instruction row: ``messages`` with an annotator's answer, and what the verifier needs."""
-        question = self.question(skill, rng)
+        question = (draw := getattr(self, f"_{skill}"))(rng)
         while self.split_of(skill, question.key) != split:
-            question = self.question(skill, rng)
-        phrasing = rng.choice([i for i in range(6) if (i in self.unseen[skill]) == (suite == "unseen")])
+            question = draw(rng)
+        phrasing = rng.choice([i for i in range(6) if skill not in self.unseen or (i in self.unseen[skill]) == (suite == "unseen")])
         prompt = PHRASINGS[skill][phrasing].format(**question.slots)
-        style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+        styles = STYLES[next((name for name, own in DOMAINS.items() if skill in own), "general")]
+        style = rng.choices(list(styles), list(styles.values()))[0]
         slip = rng.random() < SLIP_RATE
         text = style.format(a=question.slip if slip else question.answer)
         return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}],
                 "clean": style.format(a=question.answer), "answer": question.answer, "skill": skill, "suite": suite, "slip": slip}
 
-    def mixture(self, split: str, suite: str, rows: int, *, distinct: bool = False) -> Dataset:
-        """``rows`` instruction rows, skills in turn; with ``distinct`` no prompt comes twice (short skills run dry)."""
-        rng, out, seen = random.Random(f"{self.world_seed} {split} {suite}"), [], set()
+    def mixture(self, split: str, suite: str, rows: int, *, distinct: bool = False, skills: tuple = SKILLS, draw: str = "") -> Dataset:
+        """Instruction rows, ``skills`` in ``rows`` turns; with ``distinct`` no prompt comes twice, and a skill that runs dry gives no more."""
+        rng, out, seen, dry = random.Random(f"{self.world_seed} {split} {suite}{draw}"), [], set(), set()
         for i in range(rows):
-            skill = SKILLS[i % len(SKILLS)]
-            for _ in range(200):
+            skill = skills[i % len(skills)]
+            for _ in range(200 * (skill not in dry)):
                 row = self.example(skill, split, suite, rng)
                 prompt = row["messages"][0]["content"]
                 if not distinct or prompt not in seen:
                     seen.add(prompt)
                     out.append({"id": f"{suite}/{skill}/{i}", **row})
                     break
+            else:
+                dry.add(skill)
         return Dataset.from_list(out)
 
     def base_text(self, lines: int) -> list[str]:
         """Pre-training text: facts and worked examples of every split; one line in eight is a bare question, none held out."""
         rng, out = random.Random(f"{self.world_seed} base text"), []
         for _ in range(lines):
-            skill = rng.choice(SKILLS)
+            skill = rng.choice(SKILLS if rng.random() < 0.75 else [skill for own in DOMAINS.values() for skill in own])
             if rng.random() < 0.125:
                 out.append(self.example(skill, "train", "seen", rng)["messages"][0]["content"])
             else:
-                question = self.question(skill, rng)
+                question = getattr(self, f"_{skill}")(rng)
                 out.append(rng.choice(STATEMENTS[skill]).format(**question.slots, answer=question.answer))
         return out
 
 
 def vocabulary() -> list[str]:
     """Every word that any world can use, in a fixed order."""
-    words = [*NAMES, *TOWNS, *LANDS, *FOREIGN, *LETTERS, *map(str, range(LARGEST + 1)), *"big small town land".split()]
+    words = [*NAMES, *TOWNS, *LANDS, *FOREIGN, *LETTERS, *map(str, range(LARGEST + 1)), *"big small town land then to".split()]
     words += [*(w for kind, members in WORDS.items() for w in (kind, *members)), *sorted(FILLER)]
     words += [w for forms in (PHRASINGS, STATEMENTS) for ps in forms.values() for p in ps for w in p.split() if w[0] != "{"]
     return list(dict.fromkeys(words))
 
 
-def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: int, unseen_rows: int) -> Corpus:
-    """The lab world as a :class:`~kdlib.data.Corpus`, the form that real data takes too."""
+def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: int, unseen_rows: int, annotated_rows: int,
+           unlabelled_rows: int, domain_rows: int) -> Corpus:
+    """The lab world as a :class:`~kdlib.data.Corpus`. Beside train, validation and test, every domain has ``train`` (``annotated_rows``),
+    ``pool`` (distinct prompts, ``unlabelled_rows`` turns of the skills, whose answers nobody is to see), ``validation`` and ``test``.
+    """
     world = World(world_seed)
-    held = {s: concatenate_datasets([world.mixture(s, "seen", test_rows, distinct=True),
-                                     world.mixture(s, "unseen", unseen_rows, distinct=True)]) for s in ("validation", "test")}
-    return Corpus(pretrain=lambda: world.base_text(pretrain_lines), train=world.mixture("train", "seen", pool_rows), **held,
-                  vocabulary=vocabulary())
+    sets = {"train": world.mixture("train", "seen", pool_rows)}
+    for split in ("validation", "test"):
+        sets[split] = concatenate_datasets([world.mixture(split, suite, rows, distinct=True)
+                                            for suite, rows in (("seen", test_rows), ("unseen", unseen_rows))])
+    for name, own in DOMAINS.items():
+        sets[f"{name}/train"] = world.mixture("train", "seen", annotated_rows, skills=own, draw=name)
+        sets[f"{name}/pool"] = world.mixture("train", "seen", unlabelled_rows, distinct=True, skills=own, draw=f"{name} pool")
+        for split in ("validation", "test"):
+            sets[f"{name}/{split}"] = world.mixture(split, "seen", domain_rows, distinct=True, skills=own, draw=name)
+    return Corpus(pretrain=lambda: world.base_text(pretrain_lines), sets=sets, vocabulary=vocabulary())

@@ -61,9 +61,8 @@ class Objective:
 
 
 class Sparse(NamedTuple):
-    """A teacher known on some tokens of each row: ``ids`` and ``log_probs`` (N, K), at the objective's temperature.
-
-    ``log_tail`` (N,) is the log of the mass outside ``ids``, one bucket, or −inf; ``offset`` (N,) is added to a row's value.
+    """A teacher known on some tokens of each row: ``ids`` and ``log_probs`` (N, K), at the objective's temperature. ``log_tail`` (N,) is the
+    log of the mass outside ``ids``, one bucket, or −inf; ``offset`` (N,) is added to a row's value.
     """
 
     ids: torch.Tensor
@@ -119,11 +118,10 @@ def divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind:
 
 def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teacher: "torch.Tensor | Sparse | Hidden | None" = None, *,
                       num_items: int | torch.Tensor, vocabulary: int | None = None, **settings) -> torch.Tensor:
-    """The sum over rows of (1−α)·CE + α·T²·D, divided by ``num_items``; a scalar in nats per token.
-
-    ``student_logits`` (N, V); ``targets`` (N,) token ids; ``teacher`` its logits (N, V), :class:`Sparse` or :class:`Hidden`;
-    ``num_items`` the response tokens of the whole optimizer step; ``settings`` those of :class:`Objective`. Columns from
-    ``vocabulary`` on count as −inf. No rows: zero loss and gradient. ValueError if a teacher is missing or shapes differ.
+    """The sum over rows of (1−α)·CE + α·T²·D, divided by ``num_items``; a scalar in nats per token. ``student_logits`` (N, V); ``targets``
+    (N,) token ids; ``teacher`` its logits (N, V), :class:`Sparse` or :class:`Hidden`; ``num_items`` the response tokens of the whole
+    optimizer step; ``settings`` those of :class:`Objective`. Columns from ``vocabulary`` on count as −inf. No rows: zero loss and gradient.
+    ValueError if a teacher is missing or shapes differ.
     """
     objective = Objective(**settings).with_teacher(teacher)
     logits = _wide(student_logits[:, :vocabulary])
@@ -133,13 +131,11 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
     return _row_losses(logits, targets, teacher, objective).sum() / torch.as_tensor(num_items, device=logits.device).clamp(min=1)
 
 
-def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor, teacher=None, *,
-                             num_items: int | torch.Tensor, vocabulary: int | None = None, chunk_size: int | None = None,
-                             **settings) -> torch.Tensor:
+def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor, teacher=None, *, num_items: int | torch.Tensor,
+                             vocabulary: int | None = None, chunk_size: int | None = None, **settings) -> torch.Tensor:
     """:func:`distillation_loss` from hidden states (N, H) and a :class:`Head`, holding at most ``chunk_size`` rows of each one's logits.
-
-    Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the
-    weight's in place, so memory grows with the chunk, by default six million logits on a processor, and not with N × V.
+    Value and gradients (of hidden states, weight and bias) are those of the plain form. They are made in the forward pass, the weight's in
+    place, so memory grows with the chunk, by default six million logits on a processor, and not with N × V.
     """
     check("chunk_size", 1 if chunk_size is None else chunk_size, int, "None or a whole number from 1", lambda v: v >= 1)
     objective, head = Objective(**settings).with_teacher(teacher), head.narrow(vocabulary)
@@ -215,9 +211,8 @@ def _part(teacher, rows: slice):
 
 
 def _by_hand(z, targets, teacher, o: Objective) -> torch.Tensor:
-    """The summed loss without T² of logits ``z``, which become its slope by z/T in a few passes; not finite where they cannot.
-
-    A slope by log q becomes one by z as d log q_i / dz_j = [i = j] − q_j.
+    """The summed loss without T² of logits ``z``, which become its slope by z/T in a few passes; not finite where they cannot. A slope by log
+    q becomes one by z as d log q_i / dz_j = [i = j] − q_j.
     """
     dense, soft, at = torch.is_tensor(teacher), o.alpha > 0, o.temperature if o.alpha > 0 else 1.0
     log_q = torch.log_softmax(z if at == 1 else z.div_(at), -1, out=z)

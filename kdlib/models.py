@@ -1,5 +1,6 @@
 """From-scratch Llamas by name, their tokenizers (with a chat template that marks the assistant's tokens), and loading."""
 
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,14 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from kdlib.presets import check
 
-LADDER = {name: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape)) for name, shape in {
-    "nano": (64, 2, 4), "micro": (96, 3, 4), "student": (64, 2, 4), "teacher": (128, 4, 4),
-    "text-student": (96, 4, 3), "text-teacher": (160, 5, 5)}.items()}
-SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unk|>"}
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
-                 "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+TEXT = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+LADDER, SPECIAL, ROLES, CHAT_TEMPLATE = (TEXT[k] for k in ("ladder", "special", "roles", "chat_template"))
 
 
 def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -39,9 +34,8 @@ def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> Llama
     """A freshly initialised model of the ladder; ``seed`` alone decides its weights. Raises ValueError on a name unknown."""
     check("model", name, str, ", ".join(LADDER), LADDER.__contains__)
     feed_forward = -(-LADDER[name]["hidden_size"] * 8 // 48) * 16  # 8/3 of it as in Llama, rounded up to a multiple of 16
-    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, tie_word_embeddings=True, bos_token_id=None,
-                         max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id,
-                         eos_token_id=tokenizer.eos_token_id, **LADDER[name])
+    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, max_position_embeddings=max_length, tie_word_embeddings=True,
+                         bos_token_id=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **LADDER[name])
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)
 
@@ -56,17 +50,12 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
         some = ", ".join(f"{t!r} ({ours.get(t)} and {theirs.get(t)})" for t in odd[:3])
         raise ValueError(f"Student and teacher need the same token ids, but {len(odd)} tokens differ, among them {some}.")
     if (size := max(ours.values()) + 1) > min(student_width, teacher_width):
-        raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's "
-                         f"{teacher_width}.")
+        raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's {teacher_width}.")
     return size
 
 
-def load(path: str | Path, device: str | torch.device = "cpu"):
-    """``(model, tokenizer)`` from a folder that ``save_pretrained`` of both wrote; safetensors only."""
+def load(path: str | Path):
+    """``(model, tokenizer)`` from a folder that ``save_pretrained`` of both wrote, on the accelerator if there is one; safetensors only."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, padding_side="left")
     return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval(), tokenizer
-
-
-def device() -> str:
-    """The accelerator's name if there is one, else ``cpu``."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

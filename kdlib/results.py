@@ -13,9 +13,9 @@ import pandas as pd
 from kdlib import store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KEYS = ("run_id", "experiment", "preset", "method", "teacher", "student", "budget", "seed", "world_seed")
+KEYS = tuple("run_id experiment preset method teacher student domain pool budget seed world_seed".split())
 FIELDS = (*KEYS, "metrics", "items", "config", "provenance", "checksum")
-CLAIM_FIELDS = tuple("claim preset world_seeds contrast estimate ci_low ci_high n_seeds delta verdict run_ids".split())
+CLAIM_FIELDS = tuple("claim preset world_seeds contrast estimate ci_low ci_high level n_seeds delta verdict weakest run_ids".split())
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "scipy")
 
 run_id = store.digest  # of a run's configuration, which holds only what can change the result
@@ -42,16 +42,12 @@ def read_record(path: Path) -> dict:
     """A run record. Raises ValueError, naming the file, if it is truncated, edited, incomplete or misnamed."""
     remedy = "restore it, or delete it and the run is computed again."
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: f"{name}, which no record has")
     except (OSError, ValueError) as error:
         raise ValueError(f"Run record {path} is not a file of whole JSON (truncated?); {remedy}") from error
     if missing := [f for f in FIELDS if not isinstance(record, dict) or f not in record]:
         raise ValueError(f"Run record {path} lacks {', '.join(missing)}; {remedy}")
-    try:
-        seal = store.digest({k: v for k, v in record.items() if k != "checksum"}, 64)
-    except ValueError:  # NaN, which no record has
-        seal = None
-    if record["checksum"] != seal:
+    if record["checksum"] != store.digest({k: v for k, v in record.items() if k != "checksum"}, 64):
         raise ValueError(f"Run record {path} was changed after it was written (its checksum does not match); {remedy}")
     if record["run_id"] != path.stem or record["run_id"] != run_id(record["config"]):
         raise ValueError(f"Run record {path} does not belong under that name (its run_id is {record['run_id']}); {remedy}")
@@ -64,17 +60,11 @@ def read_records(root: Path, preset: str, ids: list[str]) -> list[dict]:
 
 
 def frame(records: list[dict]) -> pd.DataFrame:
-    """One row a run: its keys, its scalar metrics, and ``learning_rate``; sorted by method, budget and seed."""
-    rows = [{**{k: r[k] for k in KEYS}, **{k: v for k, v in r["metrics"].items() if not isinstance(v, dict)},
-             "learning_rate": r["config"]["learning_rate"]} for r in records]
-    return pd.DataFrame(rows).sort_values(["method", "budget", "seed"], ignore_index=True)
-
-
-def skill_frame(records: list[dict], metric: str = "accuracy") -> pd.DataFrame:
-    """One row a run and skill, for metrics that come by skill; empty if they do not."""
-    rows = [{"method": r["method"], "budget": r["budget"], "seed": r["seed"], "skill": skill, metric: value}
-            for r in records for skill, value in r["metrics"].get(f"{metric}_by_skill", {}).items()]
-    return pd.DataFrame(rows, columns=["method", "budget", "seed", "skill", metric])
+    """One row a run: its keys, its scalar metrics, ``arm`` (method and teacher) and the last ``learning_rate``, sorted by them."""
+    rows = [{**{k: r[k] for k in KEYS}, "arm": " ".join(filter(None, (r["method"], r["teacher"]))),
+             **{k: v for k, v in r["metrics"].items() if not isinstance(v, dict)},
+             "learning_rate": r["config"]["phases"][-1]["learning_rate"]} for r in records]
+    return pd.DataFrame(rows).sort_values(["arm", "budget", "seed"], ignore_index=True)
 
 
 @lru_cache(maxsize=1)
@@ -104,12 +94,11 @@ def read_claims(folder: Path) -> list[dict]:
             raise ValueError("a claim lacks a field")
         return sorted(claims, key=lambda c: (c["claim"], c["world_seeds"]))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole list of claims (truncated or edited?); restore it, or delete it and it is made "
-                         "again from the run records.") from error
+        raise ValueError(f"{path} is not a whole list of claims; restore it, or delete it and it is made again from the records.") from error
 
 
 def write_claims(claims: list[dict], folder: Path) -> None:
     """Put ``claims`` into a folder's ``claims.json``, in place of earlier ones on the same claim and worlds."""
-    with store.lock(folder.parent, f"claims-{folder.name}"):
+    with store.lock(folder, "claims"):
         merged = {(c["claim"], tuple(c["world_seeds"])): c for c in [*read_claims(folder), *claims]}
         store.write_atomic(folder / "claims.json", json.dumps([merged[k] for k in sorted(merged)], indent=1) + "\n")

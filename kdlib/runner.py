@@ -1,73 +1,40 @@
-"""Run tasks with dependencies in parallel: in worker processes here, each on one thread, or on a Ray cluster."""
+"""Do tasks in parallel: in worker processes here, each on one thread, or on a Ray cluster."""
 
+import gc
 import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed, wait
 
 from tqdm import tqdm
 
 
-class Task(NamedTuple):
-    """``function(*arguments)``, to be called once the tasks named in ``needs`` are done; ``cost`` weighs the estimate."""
-
-    key: str
-    function: Callable
-    arguments: tuple
-    needs: tuple
-    cost: float
-
-
-def compute(tasks: list[Task], workers: int = 0) -> None:
-    """Do all ``tasks``, in their order as far as their needs allow, with a progress bar and an estimate of what is left.
-
-    In processes here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task
-    that fails stops the rest from starting; what runs finishes, and the error is raised.
+def compute(tasks: dict[Callable, float], workers: int = 0) -> None:
+    """Do all ``tasks``, begun in their order, with an estimate by their costs; each waits by itself for what another makes. In processes
+    here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task that fails stops
+    the rest from starting; what runs finishes, and the error is raised.
     """
-    waiting, done, running, failure, busy = list(tasks), set(), {}, None, 0.0
-    bar = tqdm(total=sum(t.cost for t in tasks) or 1, file=sys.stdout, mininterval=0,
-               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}")
-    with (Ray if os.environ.get("RAY_ADDRESS") else Processes)(workers) as pool, bar:
-        while (waiting and not failure) or running:
-            for task in [] if failure else [t for t in waiting if done.issuperset(t.needs)][:pool.workers - len(running)]:
-                waiting.remove(task)
-                try:
-                    running[pool.submit(task.function, *task.arguments)] = task, time.monotonic()
-                except BrokenProcessPool as error:
-                    failure = failure or error
-            for future in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
-                task, started = running.pop(future)
-                try:
-                    future.result()
-                    done.add(task.key)
-                    bar.update(task.cost)
-                    busy += (time.monotonic() - started) * bool(task.cost)  # what costs nothing says nothing about speed
-                except Exception as error:
-                    failure = failure or error
-            if bar.n:
-                bar.set_postfix_str(f"about {(bar.total - bar.n) / bar.n * busy / pool.workers / 60:.1f} min left", refresh=False)
-            bar.set_description_str(f"{len(done)} of {len(tasks)} tasks")
-    if isinstance(failure, BrokenProcessPool):
-        raise RuntimeError("A worker process died (killed, or out of memory); finished runs are kept, so run again to go on."
-                           ) from failure
-    if failure:
-        raise failure
+    bar = tqdm(total=sum(tasks.values()) or 1, file=sys.stdout, mininterval=0, smoothing=0,
+               bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
+    with (Ray() if os.environ.get("RAY_ADDRESS") else _processes(workers)) as pool, bar:
+        futures = {pool.submit(task): cost for task, cost in tasks.items()}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                bar.set_description_str(f"{done} of {len(tasks)} tasks", refresh=False)
+                bar.update(futures[future])
+        except BrokenExecutor as error:
+            raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from error
+        finally:
+            wait([future for future in futures if not future.cancel()])
 
 
-class Processes(ProcessPoolExecutor):
-    """Worker processes on this machine, each on one thread."""
-
-    def __init__(self, workers: int):
-        import torch
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.workers = workers or (1 if torch.accelerator.is_available() else cores)
-        super().__init__(self.workers, multiprocessing.get_context("spawn"), _start_worker)
+def _processes(workers: int) -> ProcessPoolExecutor:
+    import torch
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPoolExecutor(workers or (1 if torch.accelerator.is_available() else cores), multiprocessing.get_context("spawn"), _start_worker)
 
 
 def _start_worker() -> None:
@@ -80,24 +47,23 @@ def _quiet() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging
-
+    from kdlib import stages  # noqa: F401
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    gc.freeze()  # what is imported stays, so that no collection of garbage looks through it again
 
 
 class Ray(Executor):
     """The Ray cluster that RAY_ADDRESS names, over one results folder; a dead worker's task is done again, up to three times."""
 
-    def __init__(self, workers: int):
+    def __init__(self):
         try:
             import ray
         except ImportError as error:
-            raise ValueError("RAY_ADDRESS asks for Ray, which is not installed; pip install 'kdlib[cluster]', or unset it."
-                             ) from error
+            raise ValueError("RAY_ADDRESS asks for Ray, which is missing; pip install 'kdlib[cluster]', or unset it.") from error
         ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         devices = int(ray.cluster_resources().get("GPU", 0))
-        self.workers = workers or devices or int(ray.cluster_resources()["CPU"])
         task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
-        remote = task(lambda function, arguments: _quiet() or function(*arguments))
-        self.submit = lambda function, *arguments: remote.remote(function, arguments).future()
+        remote = task(lambda function: _quiet() or function())
+        self.submit = lambda function: remote.remote(function).future()
         self.shutdown = lambda **_: ray.shutdown()

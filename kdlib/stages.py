@@ -1,4 +1,11 @@
-"""The artefacts that runs share (rendered data with its tokenizer, base models, tuned teachers), and what one run does."""
+"""The artefacts that runs share (rendered data, models, teachers' answers and targets), and what one run does.
+
+What fixes an artefact is its specification, in JSON. A *model* is ``{"data", "pretrain"}``, from random weights on, or ``{"start": model,
+"phases"}``. A *phase* trains ``steps`` batches on its ``rows``, equally many of each *part*, by the settings of
+:class:`~kdlib.losses.Objective`, towards its ``teacher``, a model or None. A part is ``{"set": name}``, perhaps with ``budget`` (so many
+of the set's rows, a prefix of the order that ``seed`` draws) and ``said``: the model ``by`` whose own words, drawn at a ``temperature``,
+stand for the annotators' (with ``verified`` those alone that verify). A run's configuration is a model's, and what is evaluated.
+"""
 
 import json
 import math
@@ -7,9 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
@@ -19,63 +27,44 @@ from transformers.utils import logging
 from kdlib import data, evaluate, lab, models, results, store, teachers, text, trainer
 from kdlib.losses import Objective
 from kdlib.presets import METRICS
-from kdlib.runner import Task
 
 disable_progress_bars()  # writing an artefact is a matter of milliseconds, and notebooks store what is printed
 logging.disable_progress_bar()
 
 SOURCES = {"lab": lab, "text": text}
+CACHE = {"form": "hidden", "dtype": "float32"}  # of targets: exact, so that runs differ from live ones by rounding
+COSTS = {"data": 0.0, "base": 30.0, "model": 8.0, "targets": 1.0, "answers": 8.0}  # of making one, where a run costs 2
+KINDS = {"source": "data", "pretrain": "base", "phases": "model", "cache": "targets", "by": "answers"}  # of artefacts, by a key
 
 
-@dataclass
-class Bundle:
-    """Rendered data, as a run uses it: ``train`` as a list of rows, ``held`` and ``clean`` by split."""
-
-    train: list[dict]
-    skills: list[str]
-    held: dict[str, Dataset]
-    clean: dict[str, list[dict]]
-    verify: Callable | None
-    report: dict
-    tokenizer: PreTrainedTokenizerFast
+def data_of(spec: dict) -> dict:
+    """The specification of the data under a model or a run."""
+    return data_of(spec["start"]) if "start" in spec else spec["data"]
 
 
-def model_specs(config: dict) -> tuple[dict, dict | None]:
-    """What fixes the student's initial weights, and the tuned teacher's (None without one)."""
-    teacher = dict(config["teacher"] or {})
-    tuned = {"data": config["data"], "tuning": teacher.pop("tuning"), "pretrain": teacher} if teacher else None
-    return {"data": config["data"], "pretrain": config["student"]}, tuned
+def targets_of(phase: dict) -> dict:
+    """What fixes the cache of what a phase's teacher says of its rows, whatever the budget."""
+    rows = [{k: v for k, v in part.items() if k not in ("budget", "seed")} for part in phase["rows"]]
+    return {"teacher": phase["teacher"], "rows": rows, "cache": CACHE}
 
 
-def target_spec(tuned: dict) -> dict:
-    """What fixes the cache of a tuned teacher's targets, of an exact form, so that runs differ from live ones by rounding."""
-    return {"teacher": tuned, "cache": {"form": "hidden", "dtype": "float32"}}
+def made_from(spec: dict) -> list[dict]:
+    """The specifications of what an artefact or a run is made from directly."""
+    phases = spec.get("phases", [])
+    said = [part["said"] for rows in (spec.get("rows", []), *(p["rows"] for p in phases)) for part in rows if "said" in part]
+    return [spec[k] for k in ("data", "start", "by", "teacher") if k in spec] + said + [targets_of(p) for p in phases if p["teacher"]]
 
 
-def needed(config: dict) -> list[tuple[str, dict]]:
-    """``(kind, spec)`` of every artefact a run needs, each after those it is made from."""
-    base, tuned = model_specs(config)
-    teacher = [("base", {k: tuned[k] for k in base}), ("teacher", tuned), ("targets", target_spec(tuned))] if tuned else []
-    return [("data", config["data"]), *teacher, ("base", base)]
+def path(root: Path, spec: dict) -> Path:
+    """Where an artefact lies, whether it exists or not."""
+    return store.artefact_path(root, next(kind for key, kind in KINDS.items() if key in spec), spec)
 
 
-def cost(kind: str, spec: dict) -> float:
-    """Rough work in parameter-tokens, forward and backward, for the progress estimate."""
-    if kind == "data":
-        return 0.0
-    if kind == "targets":  # a forward pass alone, a third of a step's work
-        return cost("teacher", {**spec["teacher"], "tuning": {"steps": spec["teacher"]["data"]["train_rows"], "batch_size": 1}}) / 3
-    shape = models.LADDER[(spec["student"] if kind == "run" else spec["pretrain"])["model"]]
-    how = {"run": spec, "base": spec.get("pretrain"), "teacher": spec.get("tuning")}[kind]
-    rows = how["steps"] * how["batch_size"] + (1000 if kind == "run" else 0)  # of which a thousand for the evaluation
-    return 36.0 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2 * rows * how.get("block", spec["data"]["max_length"] / 3)
-
-
-def make(root: Path, kind: str, spec: dict) -> Path:
-    """Make an artefact unless it is there, and return its folder."""
-    builders = {"data": _build_data, "base": _build_base, "teacher": _build_teacher, "targets": _build_targets}
-    origin = _source(spec, "origin")() if kind == "data" else None
-    return store.artefact(root, kind, spec, lambda folder: builders[kind](root, spec, folder), origin)
+def make(root: Path, spec: dict) -> Path:
+    """Make an artefact, and all that it is made from, unless it is there, and return its folder."""
+    build = {"data": _build_data, "base": _build_model, "model": _build_model, "targets": _build_targets, "answers": _build_answers}
+    kind, origin = path(root, spec).name.split("-")[0], _source(spec, "origin")() if "source" in spec else None
+    return store.artefact(root, kind, spec, partial(build[kind], root, spec), origin)
 
 
 def _source(spec: dict, name: str) -> Callable:
@@ -90,136 +79,169 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
     tokenizer = models.build_tokenizer(corpus.vocabulary, texts, spec["vocab_size"])
     tokenizer.save_pretrained(folder / "tokenizer")
     report = {"loading": corpus.report}
-    for split in ("train", "validation", "test"):
-        rows = getattr(corpus, split)
-        rendered, report[split] = data.render(rows, tokenizer, spec["max_length"], drop=True)
-        if split == "train":
+    for name, rows in corpus.sets.items():
+        rendered, report[name] = data.render(rows, tokenizer, spec["max_length"], drop=True)
+        if name == "train":
             if len(rendered) < spec["train_rows"]:
                 raise ValueError(f"train_rows={spec['train_rows']} is above the data; allowed: up to {len(rendered)} rows.")
-            report[split]["rows_not_used"] = len(rendered) - spec["train_rows"]
+            report[name]["rows_not_used"] = len(rendered) - spec["train_rows"]
             rendered = rendered.select(range(spec["train_rows"]))
         elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
             clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"], drop=True)
-            clean.save_to_disk(folder / f"{split}-clean")
-        report[split]["distinct_prompts"] = len({json.dumps(m[:-1]) for m in rendered["messages"]})
-        rendered.save_to_disk(folder / split)
+            clean.save_to_disk(folder / "clean" / name)
+        report[name]["distinct_prompts"] = len({json.dumps(m[:-1]) for m in rendered["messages"]})
+        rendered.save_to_disk(folder / "sets" / name)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-def read_data(root: Path, spec: dict) -> Bundle:
-    """The data of ``spec``, made if missing."""
-    folder = make(root, "data", spec)
-    train = load_from_disk(folder / "train")
-    rows = [{"id": str(i), **r} for i, r in enumerate(train.select_columns(["input_ids", "labels"]).to_list())]
-    clean = {s: load_from_disk(folder / f"{s}-clean").select_columns(["input_ids", "labels"]).to_list()
-             for s in ("validation", "test") if (folder / f"{s}-clean").is_dir()}
-    held, world = {s: load_from_disk(folder / s) for s in ("validation", "test")}, getattr(SOURCES[spec["source"]["kind"]], "World", None)
-    return Bundle(train=rows, skills=list(train["skill"]), held=held, clean=clean,
-                  verify=world(spec["world_seed"]).verify if world else None,
-                  report=json.loads((folder / "report.json").read_text(encoding="utf-8")),
-                  tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left"))
+def read_data(root: Path, spec: dict) -> SimpleNamespace:
+    """``tokenizer``, ``report``, ``longest`` reply, ``verify`` (None: nobody can), ``rows(name)`` and ``rows(name, "clean")`` (no slips, or None)."""
+    folder, world = make(root, spec), getattr(SOURCES[spec["source"]["kind"]], "World", None)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left")
+    return SimpleNamespace(
+        report=report, held=[name for name in report if name.endswith(("validation", "test"))], tokenizer=tokenizer,
+        verify=world(spec["world_seed"]).verify if world else None, longest=spec["max_new_tokens"],
+        rows=lambda name, kind="sets": load_from_disk(folder / kind / name) if (folder / kind / name).is_dir() else None)
 
 
-def _build_base(root: Path, spec: dict, folder: Path) -> None:
-    p, bundle = spec["pretrain"], read_data(root, spec["data"])
-    texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
-    blocks = data.pack(texts, bundle.tokenizer, p["block"], p["max_tokens"]).to_list()
-    _train(models.build_model(p["model"], bundle.tokenizer, p["seed"]), blocks, bundle, p, folder)
+@lru_cache(maxsize=8)
+def _listed(folder: Path) -> tuple[list[dict], list[str], list[bool] | None]:
+    found = load_from_disk(folder)
+    judged = list(found["verified"]) if "verified" in found.column_names else None
+    return found.select_columns(["input_ids", "labels"]).to_list(), list(found["skill"]), judged
 
 
-def _build_teacher(root: Path, spec: dict, folder: Path) -> None:
-    model, _ = models.load(make(root, "base", {k: spec[k] for k in ("data", "pretrain")}), models.device())
-    bundle = read_data(root, spec["data"])
-    _train(model, bundle.train, bundle, {**spec["tuning"], "seed": 0}, folder)
+def read_rows(root: Path, part: dict, spec: dict) -> tuple[list[dict], list[str], list[bool] | None]:
+    """The rows of a part of a phase, whatever its budget, their skills, and which of a teacher's answers verify (None: not judged)."""
+    rows, skills, right = _listed(make(root, part["said"]) if "said" in part else make(root, spec) / "sets" / part["set"])
+    if not (kept := [i for i in range(len(rows)) if not part.get("verified") or right[i]]):
+        raise ValueError(f"Set {part['set']!r} has nothing to train on: no answer of its teacher verifies.")
+    return [{"id": f"{part['set']}/{i}", **rows[i]} for i in kept], [skills[i] for i in kept], right
 
 
-def _build_targets(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = models.load(make(root, "teacher", spec["teacher"]), models.device())
-    teachers.write_cache(folder, model, tokenizer, read_data(root, spec["teacher"]["data"]).train, **spec["cache"])
+def tune(root: Path, model, tokenizer, phase: dict, spec: dict, teacher=None) -> tuple[list[dict], float]:
+    """Train ``model`` as ``phase`` says on data of ``spec``. Returns the rows as seen and the loss."""
+    rows, pools = [], []
+    for part in phase["rows"]:
+        more, skills, _ = read_rows(root, part, spec)
+        if part.get("budget", 0) > len(more):
+            raise ValueError(f"budget={part['budget']} is above set {part['set']!r}; allowed: up to {len(more)} rows.")
+        chosen = data.nested_order(skills, part["seed"])[:part["budget"]] if "budget" in part else range(len(more))
+        pools.append([len(rows) + i for i in chosen])
+        rows += more
+    targets = teachers.Cached(make(root, targets_of(phase)), teacher) if phase["teacher"] else None
+    return fit(model, tokenizer, rows, pools, phase, teacher=targets,
+               objective=Objective(**{f.name: phase[f.name] for f in fields(Objective) if f.name in phase}))
 
 
-def fit(model, tokenizer, rows: list[dict], pool: list[int], how: dict, **objective) -> tuple[list[dict], float]:
-    """Train ``model`` on those of ``rows`` whose numbers are in ``pool``, as ``how`` says. Returns (rows as seen, train loss)."""
-    lengths = [len(r["input_ids"]) for r in rows]
-    order = data.stream(pool, how["steps"], how["batch_size"], how["seed"], lengths, how.get("length_window", 1))
-    seen, settings = [rows[i] for i in order], {k: how[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
+def fit(model, tokenizer, rows: list[dict], pools: list[list[int]], how: dict, **objective) -> tuple[list[dict], float]:
+    """Train on those of ``rows`` that ``pools`` number, equally many of each. Returns rows as seen and loss; ValueError if not finite."""
+    seen = [rows[i] for i in data.stream(pools, how["steps"], how["batch_size"], how["seed"])]
+    settings = {k: how[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        return seen, trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **objective)["train_loss"]
+        loss = trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **objective)["train_loss"]
+    if not math.isfinite(loss):
+        raise ValueError(f"Training diverged (loss {loss}) with {settings}; allowed: settings that keep it finite.")
+    return seen, loss
 
 
-def _train(model, rows: list[dict], bundle: Bundle, how: dict, folder: Path) -> None:
-    fit(model, bundle.tokenizer, rows, list(range(len(rows))), how)
+def _build_model(root: Path, spec: dict, folder: Path) -> None:
+    known = read_data(root, data_of(spec))
+    if p := spec.get("pretrain"):
+        texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
+        blocks = data.pack(texts, known.tokenizer, p["block"], p["max_tokens"]).to_list()
+        model = models.build_model(p["model"], known.tokenizer, p["seed"])
+        fit(model, known.tokenizer, blocks, [list(range(len(blocks)))], p)
+    else:
+        model, _ = models.load(make(root, spec["start"]))
+        for phase in spec["phases"]:
+            tune(root, model, known.tokenizer, phase, data_of(spec))
     model.save_pretrained(folder)
-    bundle.tokenizer.save_pretrained(folder)
-    own = {split: evaluate.evaluate(model, bundle.tokenizer, held, verify=bundle.verify)[0] for split, held in bundle.held.items()}
+    known.tokenizer.save_pretrained(folder)
+    own = {name: _score(model, known, name)[0] for name in known.held}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
 
-def tasks(configs: list[dict], root: Path, preset: str, experiment: str) -> list[Task]:
-    """Artefacts and runs as tasks with what each waits for, and a cost in parameter-tokens for the progress estimate."""
-    out = {}
-    for config in configs:
-        needs = []
-        for kind, spec in needed(config):
-            key = f"{kind}-{store.digest(spec)}"
-            out.setdefault(key, Task(key, make, (root, kind, spec), tuple(needs),
-                                     0.0 if store.artefact_path(root, kind, spec).is_dir() else cost(kind, spec)))
-            needs = [n for n in needs if not n.startswith("data")] + [key]
-        key = results.run_id(config)
-        out[key] = Task(key, execute, (root, preset, experiment, config), tuple(needs), cost("run", config))
-    return list(out.values())
+def _score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict]:
+    return evaluate.evaluate(model, known.tokenizer, known.rows(name), verify=known.verify, max_new_tokens=known.longest, **more)
 
 
-def execute(root: Path, preset: str, experiment: str, config: dict) -> None:
+def _build_answers(root: Path, spec: dict, folder: Path) -> None:
+    (model, tokenizer), known = models.load(make(root, spec["by"])), read_data(root, data_of(spec["by"]))
+    how = {"max_new_tokens": known.longest, "temperature": spec["temperature"], "seed": spec["seed"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        said = teachers.write_answers(scratch, model, tokenizer, known.rows(spec["set"]).remove_columns(["input_ids", "labels"]), **how)
+        if known.verify:
+            said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
+        data.render(said, tokenizer, data_of(spec["by"])["max_length"], drop=True)[0].save_to_disk(folder)
+
+
+def _build_targets(root: Path, spec: dict, folder: Path) -> None:
+    model, tokenizer = models.load(make(root, spec["teacher"]))
+    rows = [row for part in spec["rows"] for row in read_rows(root, part, data_of(spec["teacher"]))[0]]
+    teachers.write_cache(folder, model, tokenizer, rows, **spec["cache"])
+
+
+def teacher_of(config: dict) -> dict | None:
+    """The last teacher of a run, by its targets or by its words; None if it has none."""
+    return ([None] + [t for p in config["phases"] for t in (p["teacher"], *(r.get("said", {}).get("by") for r in p["rows"])) if t])[-1]
+
+
+def execute(root: Path, labels: dict, config: dict) -> None:
     """Do one run, or nothing if its record is there. Safe beside other processes doing the same."""
     identifier = results.run_id(config)
     with store.lock(root, identifier):
-        if not results.record_path(root, preset, identifier).exists():
-            record = _train_and_evaluate(root, config)
-            results.write_record(root, {"run_id": identifier, "experiment": experiment, "preset": preset, **record})
-
-
-def hashes(root: Path, config: dict) -> dict:
-    """Content hashes of the artefacts of a run."""
-    base, tuned = model_specs(config)
-    specs = (("data", "data", config["data"]), ("student", "base", base), ("teacher", "teacher", tuned))
-    return {f"{name}_hash": store.content_hash(store.artefact_path(root, kind, spec)) if spec else None for name, kind, spec in specs}
-
-
-@lru_cache(maxsize=2)
-def _loaded(root: Path, spec: str) -> Bundle:
-    return read_data(root, json.loads(spec))
+        if not results.record_path(root, labels["preset"], identifier).exists():
+            results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config)})
 
 
 def _train_and_evaluate(root: Path, config: dict) -> dict:
-    wall, cpu = time.perf_counter(), time.process_time()
-    bundle = _loaded(root, json.dumps(config["data"]))
-    base, tuned = model_specs(config)
-    student, tokenizer = models.load(make(root, "base", base), models.device())
-    teacher = models.load(make(root, "teacher", tuned), models.device())[0] if tuned else None
-    targets = teachers.Cached(make(root, "targets", target_spec(tuned)), teacher) if tuned else None
-    pool = data.nested_order(bundle.skills, config["seed"])[:config["budget"]]
-    objective = Objective(**{f.name: config[f.name] for f in fields(Objective) if f.name in config})
-    rows, loss = fit(student, tokenizer, bundle.train, pool, config, teacher=targets, objective=objective)
-    if not math.isfinite(loss):
-        raise ValueError(f"Run {results.run_id(config)} diverged (training loss {loss}); allowed: settings that keep it finite.")
-    trained, split = time.perf_counter(), config["split"]
-    metrics, items = evaluate.evaluate(student, tokenizer, bundle.held[split], verify=bundle.verify, clean=bundle.clean.get(split),
-                                       max_new_tokens=config["max_new_tokens"], teacher=teacher)
+    wall, cpu, spec, seen = time.perf_counter(), time.process_time(), data_of(config), []
+    known, split, tuned = read_data(root, spec), config["evaluate"]["on"], teacher_of(config)
+    student, tokenizer = models.load(make(root, config["start"]))
+    teacher = models.load(make(root, tuned))[0] if tuned else None
+    for phase in config["phases"]:
+        rows, loss = tune(root, student, tokenizer, phase, spec, teacher)
+        seen += rows
+    trained, clean = time.perf_counter(), known.rows(split, "clean")
+    metrics, items = _score(student, known, split, teacher=teacher, clean=clean and clean.select_columns(["input_ids", "labels"]).to_list())
     metrics["train_loss"] = loss
-    for name, kind, spec in (("untuned", "base", base), ("teacher", "teacher", tuned)):
-        if spec:
-            own = json.loads((store.artefact_path(root, kind, spec) / "evaluation.json").read_text(encoding="utf-8"))[split]
-            metrics |= {f"{name}_{k}": v for k, v in own.items()}
-    metric = METRICS["accuracy" if bundle.verify else "bits_per_byte"]
-    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(),
-                  **hashes(root, config), "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."),
-                  "threads": torch.get_num_threads(), "wall_s": round(time.perf_counter() - wall, 2),
-                  "train_s": round(trained - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
-                  "tokens": sum(len(r["input_ids"]) for r in rows),
-                  "response_tokens": sum(t != data.IGNORE for r in rows for t in r["labels"][1:]), "data_report": bundle.report,
+    if "/" in split:  # a domain's rows: what is left of the general skills?
+        general, _ = _score(student, known, split.split("/")[1])
+        metrics |= {f"general_{k}": general[k] for k in ("accuracy", "nll")}
+    if judged := [r for phase in config["phases"] for part in phase["rows"] if (r := read_rows(root, part, spec)[2])]:
+        metrics["label_accuracy"] = sum(judged[0]) / len(judged[0])
+    for name, model in (("untuned", config["start"]), ("teacher", tuned)):
+        own = json.loads((path(root, model) / "evaluation.json").read_text(encoding="utf-8"))[split] if model else {}
+        metrics |= {f"{name}_{k}": v for k, v in own.items()}
+    metric = METRICS["accuracy" if known.verify else "bits_per_byte"]
+    made = {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
+    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made,
+                  "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+                  "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
+                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in seen),
+                  "response_tokens": sum(t != data.IGNORE for r in seen for t in r["labels"][1:]), "data_report": known.report,
                   "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
-    return {"method": "kd" if config["alpha"] else "sft", "teacher": "base" if tuned else None,
-            "student": config["student"]["model"], "budget": config["budget"], "seed": config["seed"],
-            "world_seed": config["data"]["world_seed"], "metrics": metrics, "items": items, "config": config, "provenance": provenance}
+    return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
+
+
+@lru_cache(maxsize=None)
+def all_of(config: str) -> dict[str, tuple[int, dict]]:
+    """By name, every artefact under a run (its configuration as JSON), after those it is made from, and its depth (1: from nothing)."""
+    out = {}
+    for below in made_from(json.loads(config)):
+        deeper = all_of(json.dumps(below))
+        out |= deeper | {path(Path(), below).name: (1 + max((d for d, _ in deeper.values()), default=0), below)}
+    return out
+
+
+def tasks(runs: list[tuple[dict, dict]], root: Path) -> dict[partial, float]:
+    """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, the least deep first, so that few wait for another."""
+    found, deep = {}, []
+    for labels, config in runs:
+        found |= (below := all_of(json.dumps(config)))
+        deep.append((1 + max(d for d, _ in below.values()), partial(execute, root, labels, config), 2.0))
+    deep += [(d, partial(make, root, spec), COSTS[name.split("-")[0]]) for name, (d, spec) in found.items() if not path(root, spec).is_dir()]
+    return {task: cost for _, task, cost in sorted(deep, key=lambda entry: entry[0])}

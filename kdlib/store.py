@@ -51,13 +51,11 @@ def open_folder(path: str | Path) -> Path:
         if not marker.is_file():
             strangers = [p for p in path.iterdir() if p.name != ".gitignore" and not p.name.startswith(f".{MARKER}.")]
             if strangers and not marker.is_file():  # another runner may have made it just now
-                raise ValueError(f"results_dir={str(path)!r} holds files of something else (no {MARKER} in it); "
-                                 "give a new or empty folder, or one that this study made.")
+                raise ValueError(f"results_dir={str(path)!r} holds files of something else (no {MARKER}); give an empty or new folder.")
             write_atomic(marker, json.dumps(FORMAT) + "\n")
         tempfile.TemporaryFile(dir=path).close()
     except (OSError, RuntimeError) as error:  # the second where a ~user has no home
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"results_dir={str(path)!r} cannot be written ({why}); give a folder that can.") from error
+        raise ValueError(f"results_dir={str(path)!r} cannot be written ({getattr(error, 'strerror', error)}); give a folder that can.") from error
     if (found := marker.read_text(encoding="utf-8").strip()) != json.dumps(FORMAT):
         raise ValueError(f"results_dir={str(path)!r} has a {MARKER} of another version ({found!r}); allowed: {FORMAT!r}.")
     return path
@@ -96,8 +94,7 @@ def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], o
         fill(path, build, spec=spec, origin=origin)
     found = manifest(path)
     if origin and found["origin"] and found["origin"] != origin:
-        raise ValueError(f"Cached artefact {path} was made from other files than those at hand ({', '.join(origin)}); give a "
-                         "results_dir of its own for each.")
+        raise ValueError(f"Cached artefact {path} was made from other files than {', '.join(origin)} at hand; give each a results_dir.")
     return check_files(path)
 
 
@@ -105,8 +102,7 @@ def check_files(path: Path) -> Path:
     """``path``, a folder whose files have the hashes in its manifest. Raises ValueError, naming the file, if one has not."""
     for name, wanted in manifest(path)["files"].items():
         if not (path / name).is_file() or file_hash(path / name) != wanted:
-            raise ValueError(f"Cached artefact {path} is damaged: {name} does not have the hash {wanted[:12]}… of its "
-                             "manifest; delete that folder and it is made again.")
+            raise ValueError(f"Cached artefact {path} is damaged: {name} does not have its hash; delete that folder and it is made again.")
     return path
 
 
@@ -116,8 +112,7 @@ def manifest(path: Path) -> dict:
         found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         return {"origin": found.get("origin"), "files": dict(found["files"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Cached artefact {path} has no readable manifest.json; delete that folder and it is made again."
-                         ) from error
+        raise ValueError(f"Cached artefact {path} has no readable manifest.json; delete that folder and it is made again.") from error
 
 
 def content_hash(path: Path) -> str:

@@ -1,37 +1,41 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
+from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from kdlib import results, runner, store
-from kdlib.presets import KINDS, METHODS, PRESETS, Preset, check
+from kdlib.presets import ARMS, KINDS, METHODS, PRESETS, RECIPES, Preset, check
 
-SPEC_VERSION = {"lab": 3, "text": 3}  # raised whenever a change of the code changes what a configuration computes
-PARAMETERS = ("preset", "world_seed", "budgets", "seeds", "alpha", "kind", "temperature", "results_dir", "train_missing", "workers")
+SPEC_VERSION = {"lab": 5, "text": 3}  # raised whenever a change of the code changes what a configuration computes
+SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "workers")
+PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "domains", "pools")}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A validated experiment: its preset, its runs, and where its results lie."""
+    """A validated experiment: its preset, its runs (labels and configuration), and where its results lie."""
 
     preset: Preset
-    experiment: str
-    configs: tuple
+    runs: tuple
     root: Path
     standard: bool
     train_missing: bool
     workers: int
 
-    ids = property(lambda self: [results.run_id(c) for c in self.configs], doc="The run ids, in the order of the grid.")
-    budgets = property(lambda self: sorted({c["budget"] for c in self.configs}), doc="The budgets, smallest first.")
-    seeds = property(lambda self: sorted({c["seed"] for c in self.configs}), doc="The seeds.")
+    configs = property(lambda self: [c for _, c in self.runs], doc="The runs' configurations, in the order of the grid.")
+    ids = property(lambda self: [results.run_id(c) for c in self.configs], doc="The run ids, in that order.")
+    budgets = property(lambda self: sorted({r["budget"] for r, _ in self.runs}), doc="The budgets, smallest first.")
+    seeds = property(lambda self: sorted({r["seed"] for r, _ in self.runs}), doc="The seeds.")
+    domains = property(lambda self: sorted({r["domain"] for r, _ in self.runs} - {None}), doc="The domains, none in general runs.")
 
     @property
     def folder(self) -> Path:
-        """Where tables, figures and claims go: the preset's folder, or one of its own for a changed design."""
-        home = self.root / self.preset.name
-        return home if self.standard else home / "variants" / store.digest(sorted(self.ids), 8)
+        """Where tables, figures and claims go: the preset's folder, one in it for another world, or one of its own for a changed design."""
+        home, world = self.root / self.preset.name, self.runs[0][0]["world_seed"]
+        return (home / f"world-{world}" if world else home) if self.standard else home / "variants" / store.digest(sorted(self.ids), 8)
 
 
 def check_names(namespace: dict, allowed) -> None:
@@ -44,46 +48,98 @@ def check_names(namespace: dict, allowed) -> None:
 
 def plan(experiment: str, namespace: dict) -> Plan:
     """The plan that a notebook's ``globals()`` ask for, the rest by default; ValueError, in one sentence, if a parameter is wrong."""
-    check_names(namespace, PARAMETERS)
-    given = METHODS["kd"] | {n: namespace[n] for n in PARAMETERS if n in namespace}
+    check_names(namespace, PARAMETERS[experiment])
+    given = {n: namespace[n] for n in PARAMETERS[experiment] if n in namespace}
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
-    preset, size = PRESETS[name], PRESETS[name].train_rows
+    preset, general = PRESETS[name], experiment != "two_stage_domain"
+    if lacking := preset.lacks(experiment):
+        able = ", ".join(n for n, p in PRESETS.items() if not p.lacks(experiment))
+        raise ValueError(f"preset={name!r} has no {' and no '.join(lacking)}{' teacher' if general else ''}; allowed: {able}.")
+    size, usual = (preset.train_rows, vars(preset)) if general else (preset.domain["rows"], preset.domain)
 
     def numbers(name, low, high, limit):
-        def fine(value):
-            return all(type(v) is int and low <= v <= high for v in value) and (not value or len(set(value)) == len(value) >= 2)
-
         allowed = f"a list of at least two different whole numbers from {low} to {limit}"
-        return sorted(check(name, given.get(name, []), list, allowed, fine) or getattr(preset, name))
+        return sorted(check(name, given.get(name, []), list, allowed, lambda vs: all(type(v) is int and low <= v <= high for v in vs) and (
+            not vs or len(set(vs)) == len(vs) >= 2)) or usual[name])
 
     budgets = numbers("budgets", 1, size, f"{size}, the rows of preset {name!r}")
     seeds = numbers("seeds", 0, 2**31, "2**31, because an interval needs two")
-    one = preset.source["kind"] == "text"  # there is one world of real text
-    worlds = f"0, because preset {name!r} has one world" if one else "a whole number from 0"
-    world = check("world_seed", given.get("world_seed", 0), int, worlds, lambda v: v == 0 or (v > 0 and not one))
-    alpha = check("alpha", given["alpha"], float, "a number above 0 and up to 1, the teacher's weight", lambda v: 0 < v <= 1)
-    temperature = check("temperature", given["temperature"], float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
-    kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)
+    allowed = f"0, because preset {name!r} has one world" if (one := len(preset.worlds) == 1) else "a whole number from 0"
+    world = check("world_seed", given.get("world_seed", 0), int, allowed, lambda v: v == 0 or (v > 0 and not one))
     workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
     train = check("train_missing", given.get("train_missing", True), bool, "True or False")
     folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own",
                    lambda v: not v or (v.strip() and "\0" not in v))
-    kd = {"alpha": float(alpha), "temperature": float(temperature), **({"kind": kind} if kind != KINDS[0] else {})}
-    configs = grid(preset, {"sft": METHODS["sft"], "kd": kd}, budgets, seeds, world)
-    standard = configs == grid(preset, METHODS, sorted(preset.budgets), sorted(preset.seeds), 0)
-    root = store.open_folder(folder or results.REPOSITORY / "results")
-    return Plan(preset, experiment, tuple(configs), root, standard, train, workers)
+    if general:
+        alpha = check("alpha", given.get("alpha", 1.0), float, "a number above 0 and up to 1, the teacher's weight", lambda v: 0 < v <= 1)
+        kind = check("kind", given.get("kind", KINDS[0]), str, ", ".join(KINDS), lambda v: v in KINDS)
+        at = check("temperature", given.get("temperature", 1.0), float, "a number from 0.01 to 100", lambda v: 0.01 <= v <= 100)
+        chosen = {"kd": {"alpha": float(alpha), "temperature": float(at), **({"kind": kind} if kind != KINDS[0] else {})}}
+    else:
+        domains = check("domains", given.get("domains", []), list, f"a list of {', '.join(usual['names'])}", lambda v: all(n in usual["names"] for n in v))
+        chosen = {"domains": domains, "pools": numbers("pools", 1, usual["pool_rows"], f"{usual['pool_rows']}, the prompts of a pool")}
+    runs = grid(preset, experiment, world, budgets, seeds, **chosen)
+    return Plan(preset, tuple(runs), store.open_folder(folder or results.REPOSITORY / "results"),
+                runs == grid(preset, experiment, world) and world in preset.worlds, train, workers)
 
 
-def grid(preset: Preset, methods: dict, budgets, seeds, world_seed: int, split: str = "test") -> list[dict]:
-    """Run configurations: budget by budget, seed by seed, both methods side by side."""
-    data = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
-            "max_length": preset.max_length, "vocab_size": preset.vocab_size, "world_seed": world_seed}
-    return [{"data": data, "student": preset.student, "teacher": preset.teachers["base"] if objective["alpha"] else None,
-             **objective, "budget": budget, "seed": seed, "steps": preset.steps, "batch_size": preset.batch_size,
-             "length_window": preset.length_window, "learning_rate": preset.rate(method, budget), "split": split,
-             "max_new_tokens": preset.max_new_tokens}
-            for budget in budgets for seed in seeds for method, objective in methods.items()]
+def data_spec(preset: Preset, world_seed: int) -> dict:
+    """What fixes the data of a preset in one world."""
+    return {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
+            "max_length": preset.max_length, "max_new_tokens": preset.max_new_tokens, "vocab_size": preset.vocab_size, "world_seed": world_seed}
+
+
+def model_spec(preset: Preset, name: str, world_seed: int) -> dict:
+    """What fixes a base model or teacher of a preset: tuned on all training rows, or in rounds on what it says that verifies."""
+    if name in preset.bases:
+        return {"data": data_spec(preset, world_seed), "pretrain": preset.bases[name]}
+    teacher = preset.teachers[name]
+    made = model_spec(preset, teacher["start"], world_seed)
+    for draw in range(teacher.get("rounds", 1)):
+        part = _said(preset, "train", made, temperature=1.0, seed=draw) | {"verified": True} if "rounds" in teacher else {"set": "train"}
+        made = {"start": made, "phases": [_phase(preset, [part], **{**METHODS["sft"], "seed": 0, **teacher["tuning"]})]}
+    return made
+
+
+def _said(preset: Preset, name: str, model: dict, **how) -> dict:
+    return {"set": name, "said": {"by": model, "set": name, "temperature": 0.0, "seed": 0, **how}}
+
+
+def _phase(preset: Preset, rows: list[dict], teacher: dict | None = None, **how) -> dict:
+    return {"rows": rows, "teacher": teacher, "steps": preset.steps, "batch_size": preset.batch_size, **how}
+
+
+def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, domains=None, pools=None, kd: dict | None = None,
+         split: str = "test", rate: tuple | None = None, arms=None) -> list[tuple[dict, dict]]:
+    """Runs of an experiment, as labels and configuration: its :data:`~kdlib.presets.ARMS` side by side; by default the preset's grid. In a
+    domain, the teacher is tuned on the same human answers before it answers the pool's prompts; the arms that read those run with the largest
+    of ``pools``, and at the middle budget with all. ``rate`` holds a learning rate for every stage, instead of the preset's.
+    """
+    d = preset.domain if experiment == "two_stage_domain" else {}
+    usual, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, []
+    budgets, seeds, domains, pools = (sorted(set(given or usual[k])) for given, k in (
+        (budgets, "budgets"), (seeds, "seeds"), (domains, "names"), (pools, "pools")))
+    for domain, budget, seed, pool, (method, name) in product(domains, budgets, seeds, pools, arms or ARMS[experiment]):
+        human = {"set": f"{domain}/train" if d else "train", "budget": budget, "seed": seed}
+        teacher = model_spec(preset, name, world) if (name := d.get("teacher", name)) else None
+        if d:
+            tuning = {**METHODS["sft"], **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
+            teacher = {"start": teacher, "phases": [_phase(preset, [human], **tuning)]}
+        said = {**_said(preset, f"{domain}/pool" if d else "train", teacher), "budget": pool or budget, "seed": seed}
+        stages, parts = RECIPES[method], {"human": human, "synthetic": said}
+        reads = d and any("synthetic" in rows for rows, _ in stages)
+        if pool != pools[-1] and not (reads and budget == budgets[len(budgets) // 2]):
+            continue
+        phases, chosen = [], usual["learning_rate"][method]
+        rates = rate or [preset.rate(of_stage, budget) for of_stage in (chosen if isinstance(chosen, list) else [chosen])]
+        for (rows, how), at in zip(stages, rates, strict=True):
+            phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, seed=seed, learning_rate=at,
+                                 steps=usual["steps"] // len(stages), **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
+        labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"],
+                  "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
+        runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases,
+                              "evaluate": {"on": f"{domain}/{split}" if d else split}}))
+    return runs
 
 
 def run(plan: Plan) -> list[dict]:
@@ -91,39 +147,33 @@ def run(plan: Plan) -> list[dict]:
     results.read_claims(plan.folder)
     found = results.read_records(plan.root, plan.preset.name, plan.ids)
     have = {r["run_id"] for r in found}
-    missing = [c for i, c in zip(plan.ids, plan.configs) if i not in have]
-    at_hand = store.artefact_path(plan.root, "data", plan.configs[0]["data"])
-    if at_hand.is_dir():
-        _check_one_origin([*found, {"provenance": {"data_hash": store.content_hash(at_hand)}}], plan)
+    missing = [run for i, run in zip(plan.ids, plan.runs) if i not in have]
     print(f"{len(have)} of {len(plan.ids)} runs found in {plan.preset.name}/runs; {len(missing)} to train.")
+    _check_one_origin(plan, found)
     if missing and not plan.train_missing:
-        raise ValueError(f"train_missing=False, but {len(missing)} of {len(plan.ids)} runs are missing, the first of them "
-                         f"{results.run_id(missing[0])}; allowed: True, or a folder that holds them.")
+        absent = Counter(" ".join(f"{k} {r[k]}" for k in ("domain", "method", "teacher", "pool", "budget") if r[k]) for r, _ in missing)
+        which = ", ".join(f"{cell} ({n} seed{'s' * (n > 1)})" for cell, n in absent.items()) if have else "all of them"
+        raise ValueError(f"{len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing, and none may be trained "
+                         f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
         from kdlib import stages
-
-        todo = stages.tasks(missing, plan.root, plan.preset.name, plan.experiment)
+        todo = stages.tasks(missing, plan.root)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute([t for t in todo if t.function is not stages.execute], plan.workers)
-            _check_one_origin(found + [{"provenance": stages.hashes(plan.root, c)} for c in missing], plan)
+            runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers)
+            _check_one_origin(plan, found)
         runner.compute(todo, plan.workers)
-    records = results.read_records(plan.root, plan.preset.name, plan.ids)
-    if len(records) != len(plan.ids):
-        raise RuntimeError(f"{len(plan.ids) - len(records)} of {len(plan.ids)} runs are still missing; run again to go on.")
-    _check_one_origin(records, plan)
-    return records
+        found = results.read_records(plan.root, plan.preset.name, plan.ids)
+        _check_one_origin(plan, found)
+    return found
 
 
-def _check_one_origin(records: list[dict], plan: Plan) -> None:
-    for part in ("data", "student", "teacher"):
-        if len({r["provenance"].get(f"{part}_hash") for r in records} - {None}) > 1:
-            raise ValueError(f"Runs of {plan.root / plan.preset.name / 'runs'} come from more than one copy of the {part} (their "
-                             f"{part}_hash differs) and cannot be compared; give a new results_dir, and all of it is made here.")
-
-
-def sweep_plan(preset: Preset, root: str | Path, train_missing: bool = True, workers: int = 0) -> Plan:
-    """The runs of a preset's learning-rate sweep: every method over the same rates, on validation rows of an unreported world or seed."""
-    s = preset.sweep
-    flat = [Preset(**{**vars(preset), "learning_rate": {m: {1: rate} for m in METHODS}}) for rate in s["learning_rates"]]
-    configs = [c for p in flat for c in grid(p, METHODS, s["budgets"], s["seeds"], s["world_seed"], split="validation")]
-    return Plan(preset, "lr_sweep", tuple(configs), store.open_folder(root), True, train_missing, workers)
+def _check_one_origin(plan: Plan, records: list[dict]) -> None:
+    """Raise ValueError if one artefact has other content in one of ``records`` than in another, or than at hand."""
+    known: dict = {}
+    for r in records:
+        for name, content in r["provenance"]["artefacts"].items():
+            here = plan.root / ".cache" / name
+            known.setdefault(name, store.content_hash(here) if here.is_dir() else content)
+            if known[name] != content:
+                raise ValueError(f"Runs in {plan.root / plan.preset.name} come from more than one copy of {name}, so they cannot be compared; "
+                                 "give a new results_dir, and all of it is made here.")

@@ -3,11 +3,9 @@
 ``prepare(student, tokenizer, dataset, objective, device)`` checks before training all that can be checked and returns the common
 vocabulary; ``targets(inputs, mask)`` are a batch's teacher rows as :mod:`kdlib.losses` takes them.
 
-A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits, exact at
-any temperature; ``hidden``, what the teacher's LM head reads and that head once, as exact and smaller where the vocabulary is
-wider than the teacher; ``top_k``, the k largest log-probabilities, the mass of all others in one bucket (``tail="bucket"``, which
-never overstates the divergence) or dropped (``tail="renormalise"``, which sharpens the teacher); ``sampled``, k tokens drawn from
-the teacher and its entropy: forward KL and its gradient are unbiased (Anshumann et al. 2025, arXiv 2503.16870).
+A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits; ``hidden``, what the
+teacher's LM head reads and that head once, as exact and smaller in large vocabularies; ``top_k``, the k largest log-probabilities and the
+rest in one bucket, which never overstates the divergence; ``sampled``, k drawn tokens, unbiased in forward KL (arXiv 2503.16870).
 """
 
 import hashlib
@@ -20,7 +18,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +28,7 @@ from kdlib.losses import Head, Hidden, Objective, Sparse
 from kdlib.presets import check
 
 EXACT = ("full", "hidden")
-ALLOWED = {"form": (*EXACT, "top_k", "sampled"), "tail": ("bucket", "renormalise"), "dtype": ("float16", "float32")}
+ALLOWED = {"form": (*EXACT, "top_k", "sampled"), "dtype": ("float16", "float32")}
 
 
 class Live:
@@ -55,8 +52,7 @@ class Live:
         if self.linear is None:
             return inference.response_logits(self.model, inputs, mask)
         module = self.model.get_output_embeddings()
-        states = inference.at_head(self.model, inputs, mask, lambda hidden: hidden)
-        return Hidden(states, Head(module.weight, module.bias, **self.linear))
+        return Hidden(inference.at_head(self.model, inputs, mask, lambda hidden: hidden), Head(module.weight, module.bias, **self.linear))
 
 
 def weights_hash(model) -> str:
@@ -77,26 +73,24 @@ def _identity(tokenizer) -> dict:
 
 
 @torch.no_grad()
-def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form: str = "top_k", k: int = 64, tail: str = "bucket",
+def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form: str = "top_k", k: int = 64,
                 temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32) -> Path:
-    """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``), in ``dtype``.
-
-    A killed writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
+    """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``), in ``dtype``. A killed
+    writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
     """
     folder, vocabulary = Path(folder), max(tokenizer.get_vocab().values()) + 1
-    for name, value in (("form", form), ("tail", tail), ("dtype", dtype)):
+    for name, value in (("form", form), ("dtype", dtype)):
         check(name, value, str, ", ".join(ALLOWED[name]), ALLOWED[name].__contains__)
     most = vocabulary if form == "top_k" else 2**16
     check("k", k, int, f"1 to {most}", lambda v: form in EXACT or 1 <= v <= most)
-    check("shard_rows", shard_rows, int, "1 to 1000, which Arrow keeps in one piece", lambda v: 1 <= v <= 1000)
+    check("shard_rows", shard_rows, int, "a whole number from 1", lambda v: v >= 1)
     rows = list(rows)  # a datasets.Dataset, too
     if len({str(r.get("id")) for r in rows}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one, or have none.")
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype,
             "rows": store.digest([[r["id"], r["input_ids"], r["labels"]] for r in rows])}
     if form not in EXACT:
-        spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature}
-        spec |= {"tail": tail} if form == "top_k" else {"seed": seed}
+        spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature, **({"seed": seed} if form == "sampled" else {})}
     parts = {"vocabulary": lambda work: store.write_atomic(work / "vocabulary.json", json.dumps(tokenizer.get_vocab()))}
     if form == "hidden":
         if (linear := inference.linear_head(model)) is None:
@@ -114,7 +108,6 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
 def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
                   seed: int = 0, shard_rows: int = 1000) -> Dataset:
     """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled.
-
     Fine-tuning on them is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is written as a cache's.
     """
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([[r["id"], r["messages"]] for r in rows]),
@@ -177,13 +170,11 @@ def _pack(model, batch, mask, spec: dict, generator) -> dict:
     logits = inference.response_logits(model, batch, mask)[:, :spec["vocabulary"]].float()
     if spec["form"] == "full":
         return {"logits": logits.to(kind)}
-    log_p = F.log_softmax(logits / spec["temperature"], -1)
+    log_p = torch.log_softmax(logits / spec["temperature"], -1)
     if spec["form"] == "sampled":
         ids = torch.multinomial(log_p.exp().cpu(), spec["k"], replacement=True, generator=generator)
         return {"ids": ids.to(small), "entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
     top, ids = log_p.topk(spec["k"])
-    if spec["tail"] == "renormalise":
-        return {"ids": ids.to(small), "log_probs": (top - top.logsumexp(-1, keepdim=True)).to(kind)}
     return {"ids": ids.to(small), "log_probs": top.to(kind), "log_tail": log_p.scatter(1, ids, -math.inf).logsumexp(-1)}
 
 
@@ -191,8 +182,7 @@ class Cached:
     """A cache that :func:`write_cache` made, memory-mapped. ValueError as it opens if unfinished, damaged, or not of ``teacher``."""
 
     def __init__(self, folder: str | Path, teacher=None):
-        self.folder = Path(folder)
-        self.spec, self.head = _read_spec(self.folder), None
+        self.folder, self.spec, self.head = Path(folder), _read_spec(Path(folder)), None
         if teacher is not None and weights_hash(teacher) != self.spec["teacher"]:
             raise ValueError(f"The cache in {folder} was made by another teacher; write one of this teacher in a new folder.")
         if not (done := self.folder / "complete.json").is_file():
@@ -200,48 +190,38 @@ class Cached:
         if self.spec["form"] == "hidden":
             self.head = load_file(store.check_files(self.folder / "head") / "head.safetensors")
         store.check_files(self.folder / "vocabulary")
-        self.shards, self.place, size, tokens = [], {}, 0, 0
-        k = self.spec.get("k")
+        self.shards, self.place, k = [], {}, self.spec.get("k")
         self.widths = {"logits": self.spec["vocabulary"], "hidden": self.spec.get("width"), "ids": k, "log_probs": k, "entropy": 1, "log_tail": 1}
-        complete = json.loads(done.read_text())
-        if complete.get("spec") != store.digest(self.spec):
+        if (complete := json.loads(done.read_text())).get("spec") != store.digest(self.spec):
             raise ValueError(f"The cache in {folder} was changed after it was written (spec.json); write it anew in a new folder.")
-        for number in range(complete["shards"]):
-            table = load_from_disk(store.check_files(self.folder / f"shard-{number:05d}")).data
-            columns = {n: table.column(n).chunk(0) for n in table.column_names}  # as it lies in the file, not a copy
+        folders = (store.check_files(self.folder / f"shard-{i:05d}") for i in range(complete["shards"]))
+        for number, batch in enumerate(b for folder in folders for b in load_from_disk(folder).data.to_batches()):
+            columns = dict(zip(batch.schema.names, batch.columns))  # as they lie in the file, which is in pieces if large, not a copy
             arrays = {n: (c.offsets.to_numpy(), c.values.to_numpy()) for n, c in columns.items() if n in self.widths}
-            for i, (key, marks) in enumerate(zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())):
-                self.place[key] = number, i, marks
-            size += sum(values.nbytes for _, values in arrays.values())
-            tokens += next(len(values) // self.widths[n] for n, (_, values) in arrays.items())
+            rows = zip(columns["key"].to_pylist(), columns["tokens"].to_pylist())
+            self.place |= {key: (number, i, tokens) for i, (key, tokens) in enumerate(rows)}
             self.shards.append(arrays)
-        self.bytes_per_token = size / max(tokens, 1)
+        self.bytes_per_token = sum(self.widths[n] * values.itemsize for arrays in self.shards[:1] for n, (_, values) in arrays.items())
 
     def prepare(self, student, tokenizer, dataset, objective: Objective, device) -> int:
         """Check the cache against everything it depends on and return its vocabulary. Raises ValueError with the reason."""
         spec, where = self.spec, f"the cache in {self.folder}"
-        widths = spec["vocabulary"], student.get_output_embeddings().weight.shape[0]
-        for part, value in _identity(tokenizer).items():
-            if value != spec[part]:
-                tokens = (self.folder / "vocabulary" / "vocabulary.json").read_text(encoding="utf-8")
-                models.common_vocabulary(tokenizer, SimpleNamespace(get_vocab=lambda: json.loads(tokens)), *widths)
-                raise ValueError(f"T{where[1:]} was made with another {part}; write it anew.")
-        if widths[1] < widths[0]:
-            raise ValueError(f"T{where[1:]} covers {widths[0]} tokens, the student's head {widths[1]}.")
+        template, tokens = _identity(tokenizer)["template"], json.loads((self.folder / "vocabulary" / "vocabulary.json").read_text("utf-8"))
+        width = student.get_output_embeddings().weight.shape[0]
+        size = models.common_vocabulary(tokenizer, SimpleNamespace(get_vocab=lambda: tokens), width, spec["vocabulary"])
+        if template != spec["template"]:
+            raise ValueError(f"T{where[1:]} was made with another template; write it anew.")
         if spec["form"] not in EXACT and objective.temperature != spec["temperature"]:
-            raise ValueError(f"temperature={objective.temperature} but {where} was made at {spec['temperature']}; allowed: that, "
-                             "or a full or hidden cache.")
+            raise ValueError(f"temperature={objective.temperature} but {where} has {spec['temperature']}; allowed: that, or an exact cache.")
         if spec["form"] == "sampled" and objective.divergence != "forward_kl":
             raise ValueError(f"kind={objective.kind!r} with a sampled cache would be biased; allowed: forward_kl.")
-        if spec.get("tail") == "renormalise" and objective.divergence == "reverse_kl":
-            raise ValueError(f"kind={objective.kind!r} is infinite where a renormalised cache has no mass; allowed: tail='bucket'.")
         for row in dataset:
             found = self.place.get(example_key(row.get("id")))
             if found is None or found[2] != store.digest([row["input_ids"], row["labels"]]):
-                raise ValueError(f"T{where[1:]} {'has no' if found is None else 'holds other tokens for'} example {row.get('id')!r}; "
-                                 "write it anew for these data.")
+                what = "has no" if found is None else "holds other tokens for"
+                raise ValueError(f"T{where[1:]} {what} example {row.get('id')!r}; write it anew for these data.")
         self.head = self.head and {n: v.to(device) for n, v in self.head.items()}
-        return spec["vocabulary"]
+        return size
 
     def targets(self, inputs: dict, mask: torch.Tensor) -> Sparse | Hidden | torch.Tensor:
         """The rows of a batch that names its examples (``example``, as the collator does)."""
@@ -260,8 +240,8 @@ class Cached:
             head = Head(self.head["weight"], self.head.get("bias"), **self.spec["linear"])
             return Hidden(column("hidden").to(head.weight.dtype), head)
         ids = column("ids").long()
-        no_rest = torch.full((len(ids),), -math.inf, device=device)
-        if self.spec["form"] == "sampled":
-            log_k = math.log(self.spec["k"])
-            return Sparse(ids, torch.full(ids.shape, -log_k, device=device), no_rest, log_k - column("entropy")[:, 0])
-        return Sparse(ids, column("log_probs").float(), column("log_tail")[:, 0] if self.spec["tail"] == "bucket" else no_rest)
+        if self.spec["form"] == "top_k":
+            return Sparse(ids, column("log_probs").float(), column("log_tail")[:, 0])
+        log_k = math.log(self.spec["k"])
+        alike = torch.full(ids.shape, -log_k, device=device)
+        return Sparse(ids, alike, torch.full_like(alike[:, 0], -math.inf), log_k - column("entropy")[:, 0])

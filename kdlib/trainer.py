@@ -19,11 +19,11 @@ from kdlib.teachers import Live
 class DistillationTrainer(Trainer):
     """Trainer for (1−α)·CE + α·T²·D(teacher, student) over response tokens.
 
-    Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with the settings of
-    :class:`~kdlib.losses.Objective`. On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the
-    batches takes the student's own samples for answers, of at most ``max_new_tokens``, and a live teacher's word on them. The sum
-    over response tokens is divided by their number in the whole optimizer step, over accumulation steps and devices. Batches are by
-    default :class:`~kdlib.data.Collator`'s, packed where the model keeps rows apart. ValueError before training on what does not fit.
+    Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with an :class:`~kdlib.losses.Objective`.
+    On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the batches takes the student's own samples for
+    answers, of at most ``max_new_tokens``, and a live teacher's word on them. Losses are means over the response tokens of the whole
+    optimizer step, on all devices. Batches are by default :class:`~kdlib.data.Collator`'s, packed where the model keeps rows apart.
+    ValueError before training on what does not fit.
     """
 
     loss_is_scaled_for_ga = True
@@ -83,8 +83,8 @@ class DistillationTrainer(Trainer):
         """The loss of one micro-batch as its share of the optimizer step's mean over response tokens."""
         mask, targets = inference.response_rows(inputs)
         teacher = self.teacher.targets(inputs, mask) if self.teacher is not None else None
-        how = {"num_items": len(targets) if num_items_in_batch is None else num_items_in_batch, "vocabulary": self.vocabulary,
-               **vars(self.objective)}
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        how = {"num_items": count, "vocabulary": self.vocabulary, **vars(self.objective)}
         bare = model if model is self.model else self.accelerator.unwrap_model(model)
         if return_outputs:  # whole, which metrics expect
             logits = model(**inference.taken(inputs)).logits
@@ -125,16 +125,15 @@ class DistillationTrainer(Trainer):
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
           teacher=None, objective: Objective | None = None, warmup: float = 0.05, **arguments) -> dict:
-    """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log.
-
-    ``rows`` holds ``steps * batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up
-    over the share ``warmup`` of the steps, then linear decay to zero. Further ``arguments`` go to ``TrainingArguments``.
+    """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log. ``rows`` holds ``steps *
+    batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
+    the steps, then linear decay to zero. Further ``arguments`` go to ``TrainingArguments``.
     """
     args = TrainingArguments(
-        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
-        lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=0.0, seed=seed,
-        train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=torch.accelerator.is_available(), **arguments)
+        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=0.0, train_sampling_strategy="sequential",
+        remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available(), report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, **arguments)
     trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id, pack=True),
                                   processing_class=tokenizer, teacher=teacher, objective=objective)
     trainer.remove_callback(PrinterCallback)

@@ -98,23 +98,15 @@ def test_budgets_are_nested_and_spread_over_skills():
 
 
 def test_stream_passes_over_all_rows_before_it_repeats_one():
-    order = data.stream([4, 8, 15, 16, 23], steps=5, batch_size=3, seed=0)
+    order = data.stream([[4, 8, 15, 16, 23]], steps=5, batch_size=3, seed=0)
     assert len(order) == 15 and all(sorted(order[i:i + 5]) == [4, 8, 15, 16, 23] for i in (0, 5, 10))
-    assert order != data.stream([4, 8, 15, 16, 23], 5, 3, seed=1)
+    assert order != data.stream([[4, 8, 15, 16, 23]], 5, 3, seed=1)
 
 
-def test_length_windows_reorder_and_lose_nothing():
-    lengths = [random.Random(i).randint(1, 99) for i in range(64)]
-    plain = data.stream(list(range(64)), 16, 4, seed=0)
-    windowed = data.stream(list(range(64)), 16, 4, 0, lengths, window=8)
-    for start in (0, 32):
-        assert sorted(plain[start:start + 32]) == sorted(windowed[start:start + 32])
-
-    def padding(order):
-        batches = [[lengths[i] for i in order[s:s + 4]] for s in range(0, 64, 4)]
-        return sum(4 * max(b) - sum(b) for b in batches)
-
-    assert padding(windowed) < padding(plain) / 2
+def test_pools_take_turns_whatever_their_size():
+    order = data.stream([[1, 2], list(range(10, 40))], steps=6, batch_size=4, seed=0)
+    assert all(i in (1, 2) for i in order[::2]) and len(set(order[1::2])) == 12 and min(order[1::2]) >= 10
+    assert order[::2].count(1) == order[::2].count(2) == 6
 
 
 def test_collator_pads_on_the_right_and_masks_the_padding():

@@ -54,10 +54,6 @@ def test_bits_per_byte_by_hand():
     assert evaluate.bits_per_byte([8 * math.log(2), 4 * math.log(2)], ["abc", "é🙂"]) == pytest.approx(12 / 9)
 
 
-def test_macro_weighs_groups_alike():
-    assert evaluate.macro([1, 1, 1, 0], ["a", "a", "a", "b"]) == (0.5, {"a": 1.0, "b": 0.0})
-
-
 def test_batched_generation_equals_one_at_a_time(teacher, tokenizer, held):
     conversations = [m[:-1] for m in held["messages"]]
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]

@@ -100,6 +100,21 @@ def test_an_attention_that_reads_rows_apart_says_the_same_elsewhere_and_is_not_s
     assert inference.generate(plain, prompts, **how) == inference.generate(taught, prompts, **how)
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_rows_are_read_apart_without_cudnn_which_stays_as_it_was(monkeypatch, planned):
+    model, switch, seen = model_of("Llama"), torch.backends.cuda.cudnn_sdp_enabled, []
+    assert inference.keeps_rows_apart(model)
+    attend = inference.sdpa_attention_forward
+    monkeypatch.setattr(inference, "sdpa_attention_forward", lambda *args, **kwargs: (seen.append(switch()), attend(*args, **kwargs))[1])
+    before = switch()
+    torch.backends.cuda.enable_cudnn_sdp(planned)
+    try:
+        model(**inference.taken({"input_ids": torch.arange(7)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "rows": torch.tensor([3, 4])}))
+        assert seen and not any(seen) and switch() is planned
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_a_model_that_ignores_positions_does_not_keep_rows_apart():
     class Deaf(LlamaForCausalLM):
         def forward(self, *args, position_ids=None, **kwargs):

@@ -56,7 +56,7 @@ def test_annotators_slip_at_the_stated_rate_and_the_verifier_sees_it(world):
 
 def test_styles_come_at_their_rates(world):
     rows = [r for r in world.mixture("train", "seen", 4000) if r["skill"] != "name"]
-    for style, share in STYLES.items():
+    for style, share in STYLES["general"].items():
         seen = sum(r["clean"] == style.format(a=r["answer"]) for r in rows) / len(rows)
         assert abs(seen - share) < 4 * math.sqrt(share * (1 - share) / len(rows)), style
 
@@ -72,6 +72,33 @@ def test_answers_are_right_by_an_independent_count(world):
             assert row["answer"] == rules[row["skill"]](slots_of(row)[1]), row
             checked.add(row["skill"])
     assert checked == set(rules)
+
+
+def test_domain_answers_follow_from_facts_that_no_general_instruction_mentions(world):
+    rules = {"labels": lambda s: f"{world.label[s['v']]} then {world.label[s['u']]}", "cheaper": lambda s: min(s["u"], s["v"], key=world.price.get),
+             "ranking": lambda s: " ".join(sorted((s["u"], s["v"], s["w"]), key=world.price.get)),
+             "remedy": lambda s: f"{world.cure[s['v']][0]} {world.herb[s['t']]}", "visit": lambda s: f"{world.cure[s['v']][1]} to {s['t']}",
+             "plan": lambda s: f"{world.herb[s['t']]} {world.cure[s['v']][0]} {world.cure[s['w']][0]}"}
+    for name, skills in lab.DOMAINS.items():
+        rows = world.mixture("train", "seen", 600, skills=skills, draw=name)
+        assert set(rows["skill"]) == set(skills) and not set(skills) & set(SKILLS)
+        rate = sum(rows["slip"]) / len(rows)
+        assert abs(rate - SLIP_RATE) < 4 * math.sqrt(SLIP_RATE * (1 - SLIP_RATE) / len(rows))
+        for row in rows:
+            assert row["answer"] == rules[row["skill"]](slots_of(row)[1]), row
+            assert world.verify(row, row["clean"]) and world.verify(row, row["messages"][1]["content"]) is not row["slip"]
+            assert any(row["clean"] == style.format(a=row["answer"]) for style in STYLES[name])
+    stated = {w for line in world.base_text(3000) for w in line.split()}
+    assert {"labels", "cheaper", "remedy", "visit", "plan"} <= stated, "base text knows the domains"
+
+
+def test_a_domains_sets_share_no_question_and_its_pool_no_prompt():
+    sets = lab.corpus(0, pretrain_lines=10, pool_rows=30, test_rows=30, unseen_rows=30, annotated_rows=300, unlabelled_rows=300, domain_rows=60).sets
+    for name in lab.DOMAINS:
+        found = {part: {content(r) for r in sets[f"{name}/{part}"]} for part in ("train", "pool", "validation", "test")}
+        assert not (found["train"] | found["pool"]) & (found["validation"] | found["test"]) and not found["validation"] & found["test"]
+        prompts = [m[0]["content"] for m in sets[f"{name}/pool"]["messages"]]
+        assert len(set(prompts)) == len(prompts) > 150
 
 
 @pytest.mark.parametrize("reply", ["", "   ", "the answer is .", "nonsense"])
@@ -116,11 +143,12 @@ def test_base_text_states_but_does_not_converse(world):
 
 
 def test_corpus_has_the_shape_of_any_chat_data():
-    corpus = lab.corpus(0, pretrain_lines=10, pool_rows=300, test_rows=100, unseen_rows=50)
-    assert len(corpus.train) == 300 and len(corpus.pretrain()) == 10
-    assert [m["role"] for m in corpus.train[0]["messages"]] == ["user", "assistant"]
-    assert {"id", "messages", "skill", "suite", "clean"} <= set(corpus.test.column_names)
-    for split in (corpus.validation, corpus.test):
+    corpus = lab.corpus(0, pretrain_lines=10, pool_rows=300, test_rows=100, unseen_rows=50, annotated_rows=60, unlabelled_rows=90,
+                        domain_rows=30)
+    assert len(corpus.sets["train"]) == 300 and len(corpus.pretrain()) == 10
+    assert [m["role"] for m in corpus.sets["train"][0]["messages"]] == ["user", "assistant"]
+    assert {"id", "messages", "skill", "suite", "clean"} <= set(corpus.sets["test"].column_names)
+    for split in (corpus.sets["validation"], corpus.sets["test"]):
         prompts = [m[0]["content"] for m in split["messages"]]
         assert len(set(prompts)) == len(prompts) and len(set(split["id"])) == len(split)
         assert set(split["suite"]) == {"seen", "unseen"}

@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from tiny import pretend, sweep
 
-from kdlib import results, stats, study
+from kdlib import results, stats, store, study
 from kdlib.presets import PRESETS
 
 FOLDER = results.REPOSITORY / "notebooks"
@@ -46,7 +48,8 @@ def text_of(cells):
 
 
 def test_the_notebooks_are_there():
-    assert [p.stem for p in NOTEBOOKS] == ["00_start_here", "01_losses", "02_data_budget", "07_learning_rates"] and EXPERIMENTS
+    assert [p.stem for p in NOTEBOOKS] == [
+        "00_start_here", "01_losses", "02_data_budget", "03_teacher_strength", "04_two_stage_domain", "05_report", "07_learning_rates"]
 
 
 @by_name(NOTEBOOKS)
@@ -133,7 +136,7 @@ def test_smoke_run_trains_and_what_it_shows_is_what_it_recorded(smoke):
         assert f"{c['claim']}: {c['verdict']}." in shown and f"{c['estimate']:+.4f}" in shown
     assert all(c["verdict"].startswith("exploratory") for c in claims)
     made = {p.name for p in (plan.folder / "figures").iterdir()}
-    assert made == {f"{n}.{e}" for n in ("score_vs_budget", "gap_vs_budget", "skill_gaps") for e in ("png", "svg", "csv")}
+    assert made >= {f"{n}.{e}" for n in ("score_vs_budget", "gap_vs_budget", "skill_gaps") for e in ("png", "svg", "csv")}
     assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
 
 
@@ -147,24 +150,117 @@ def test_one_changed_parameter_gives_a_new_answer_beside_the_old(smoke):
     assert len(list((folder / "results" / "smoke" / "variants").glob("*/claims.json"))) == 1
 
 
-def test_start_here_trains_its_comparison_live(smoke, tmp_path):
+@pytest.fixture(scope="module")
+def smoke_teachers(smoke):
+    """Notebook 03 beside 02, whose models and runs it shares."""
     folder, _ = smoke
-    nb = run(FOLDER / "00_start_here.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(folder / "results"))
+    return folder, run(FOLDER / "03_teacher_strength.ipynb", folder / "03.ipynb", preset="smoke", results_dir=str(folder / "results"))
+
+
+def test_teachers_are_compared_and_c2_needs_both_contrasts(smoke_teachers):
+    folder, nb = smoke_teachers
+    plan = study.plan("teacher_strength", {"preset": "smoke", "results_dir": str(folder / "results"), "train_missing": False})
+    assert "8 of 20 runs found" in text_of(code(nb)), "SFT and KD from the base teacher are the runs of notebook 02"
+    frame = results.frame(study.run(plan))
+    claims = stats.teacher_claims(frame, plan.preset.scored)
+    stored = {c["claim"]: c for c in results.read_claims(plan.folder)}
+    assert [stored[c["claim"]] for c in claims] == claims and stored["C2"] == stats.together("C2", claims) and {"C1a", "C1b"} <= set(stored)
+    shown = text_of(tagged(nb, "verdict"))
+    assert all(f"{c['claim']}: {c['verdict']}. {c['contrast']}: {c['estimate']:+.4f}" in shown for c in claims)
+    assert f"C2, which needs both: {stored['C2']['verdict']}" in shown
+    table = pd.read_csv(plan.folder / "tables" / "teachers.csv").set_index("teacher")
+    for name in ("weak", "base", "strong"):
+        row = next(r for r in study.run(plan) if r["method"] == "kd" and r["teacher"] == name)
+        for key in ("teacher_accuracy", "teacher_nll", "teacher_entropy", "teacher_ece"):
+            assert table.loc[name, key] == pytest.approx(row["metrics"][key], rel=1e-4)
+    made = {p.stem for p in (plan.folder / "figures").iterdir()}
+    assert made >= {"gap_by_teacher", "gain_vs_advantage", "words_or_distributions"}
+
+
+def test_two_stages_are_compared_with_every_recipe_in_every_domain(smoke_teachers):
+    folder, _ = smoke_teachers
+    nb = run(FOLDER / "04_two_stage_domain.ipynb", folder / "04.ipynb", preset="smoke", results_dir=str(folder / "results"))
+    plan = study.plan("two_stage_domain", {"preset": "smoke", "results_dir": str(folder / "results"), "train_missing": False})
+    claims = stats.domain_claims(results.frame(study.run(plan)), plan.preset.scored)
+    stored, shown = {c["claim"]: c for c in results.read_claims(plan.folder)}, text_of(tagged(nb, "verdict"))
+    assert len(claims) == 10 and [stored[c["claim"]] for c in claims] == claims
+    for domain in ("clinic", "market"):
+        whole = stats.together(f"C3 {domain}", [c for c in claims if f" {domain} " in c["claim"]])
+        assert stored[f"C3 {domain}"] == whole and f"C3 {domain}, which needs all: {whole['verdict']}" in shown
+    made = {p.stem for p in (plan.folder / "figures").iterdir()}
+    assert made >= {"recipes_clinic", "recipes_market", "pool_clinic", "pool_market", "two_stages_minus_others"}
+    assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
+
+
+def test_the_report_draws_nothing_from_an_incomplete_grid(smoke_teachers, tmp_path):
+    folder, _ = smoke_teachers
+    shutil.copytree(folder / "results", tmp_path / "results")
+    for i in study.plan("two_stage_domain", {"preset": "smoke", "results_dir": str(tmp_path / "results")}).ids:
+        (tmp_path / "results" / "smoke" / "runs" / f"{i}.json").unlink(missing_ok=True)
+    with pytest.raises(papermill.PapermillExecutionError) as refusal:
+        run(FOLDER / "05_report.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
+    for world, runs in ((1, 8), (1, 20), (1, 88), (0, 88)):
+        assert f"{runs} of {runs} runs of world {world} are missing, and none may be trained (train_missing=False): all of them" in str(refusal.value)
+    assert "make study PRESET=smoke WORLDS=0,1" in str(refusal.value)
+    assert not (tmp_path / "results" / "smoke" / "report").exists()
+
+
+@pytest.mark.parametrize("slope, base, word, at", [(0.3, -0.05, "from", 0.2), (-0.3, 0.15, "up to", 0.14 / 0.3)])
+def test_the_report_finds_the_surface_that_is_there(slope, base, word, at, tmp_path):
+    """Records that nobody trained, whose gap is linear in the advantage, whatever the budget, but for what seeds and worlds add."""
+    root, teachers = store.open_folder(tmp_path / "results"), {"weak": 0.36, "base": 0.6, "strong": 0.9}
+    rng = np.random.default_rng(0)
+    noise = {(w, s, b): rng.normal(0, 0.002, 13) for w in (0, 1) for s in (0, 1) for b in (100, 1600, 32, 128)}
+    for world in (0, 1):
+        def accuracy(r):
+            luck = noise[world, r["seed"], r["budget"]]
+            if r["domain"]:
+                return 0.3 + 0.1 * (r["method"] == "kd_then_sft") + luck[len(r["method"]) % 13]
+            sft = (0.2 if r["budget"] == 100 else 0.35) + 0.01 * world
+            gap = 0 if r["method"] == "sft" else slope * (teachers[r["teacher"]] - sft) + base
+            return sft + gap + luck[len(r["method"]) + len(r["teacher"] or "")] * (r["method"] != "sft")
+        pretend(root, PRESETS["smoke"], world, accuracy, teachers)
+    nb = run(FOLDER / "05_report.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(root))
+    assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
+    tables = {p.stem: pd.read_csv(p) for p in (root / "smoke" / "report" / "tables").glob("*.csv")}
+    rule = tables["rule"]
+    assert rule.distill.tolist() == [word, word] and rule.advantage.tolist() == pytest.approx([at, at], abs=0.02), "slope·at + base = δ"
+    assert rule[["share above δ at the least", "share above δ at the most"]].to_numpy().tolist() == 2 * [[0.0, 1.0] if slope > 0 else [1.0, 0.0]]
+    right = tables["rule_checked"].groupby("rule").right.mean()
+    assert right["budget and advantage"] == right["advantage alone"] == 1 > right["one answer"]
+    assert len(tables["cells"]) == 12 and tables["cells"].advantage.max() == pytest.approx(0.7, abs=0.01)
+    claims = {(c["claim"], tuple(c["world_seeds"])): c for c in results.read_claims(root / "smoke")}
+    assert claims["C1a", (0, 1)]["estimate"] == pytest.approx(slope * (0.6 - 0.28) + base, abs=0.003)
+    assert claims["C2a", (0, 1)]["estimate"] == pytest.approx(slope * (0.9 - 0.355) + base, abs=0.003)
+    assert claims["C2b", (0, 1)]["estimate"] == pytest.approx(slope * 0.3, abs=0.003)
+    assert claims["C3 market − human_sft", (0, 1)]["estimate"] == pytest.approx(0.1, abs=0.005)
+    assert claims["C2", (0, 1)]["estimate"] in (claims["C2a", (0, 1)]["estimate"], claims["C2b", (0, 1)]["estimate"])
     shown = text_of(code(nb))
-    assert "0 of 8 runs found" in shown and "8 of 8 runs found" in shown and "C1a: exploratory" in shown
+    assert "the rule by budget and advantage is right in 100% of 12 cells" in shown and f"distill {word} an advantage of" in shown
+
+
+def test_start_here_trains_its_comparison_live_if_asked(smoke, tmp_path):
+    folder, _ = smoke
+    nb = run(FOLDER / "00_start_here.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(folder / "results"), live=True)
+    shown = text_of(code(nb))
+    assert "0 of 8 runs found" in shown and "8 of 8 runs found" in shown and "C1a, world 0: exploratory" in shown
 
 
 def test_a_sweep_runs_what_is_missing_and_says_what_it_chose(tmp_path):
     nb = run(FOLDER / "07_learning_rates.ipynb", tmp_path / "out.ipynb", preset="smoke", results_dir=str(tmp_path / "results"))
-    assert "8 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
+    assert "88 runs: rates [0.001, 0.002]" in text_of(code(nb)) and "runs that a result is made of: 0" in text_of(code(nb))
     table = pd.read_csv(tmp_path / "results" / "smoke" / "tables" / "lr_sweep.csv")
-    records = study.run(study.sweep_plan(PRESETS["smoke"], tmp_path / "results", train_missing=False))
+    records = study.run(sweep(PRESETS["smoke"], tmp_path / "results"))
     frame = results.frame(records)
-    for (method, budget), rows in table.groupby(["method", "budget"]):
-        scores = frame[(frame.method == method) & (frame.budget == budget)].set_index("learning_rate").accuracy
-        assert rows.set_index("learning_rate").score.to_dict() == pytest.approx(scores.to_dict())
+    first = {r["run_id"]: r["config"]["phases"][0]["learning_rate"] for r in records}
+    for (part, method, stage, budget), rows in table.groupby(["part", "method", "stage", "budget"]):
+        own = frame[(frame.method == method) & (frame.budget == budget) & (frame.domain.isna() == (part == "general"))]
+        own = own.assign(first=own.run_id.map(first)).rename(columns={"learning_rate": "last"})
+        own = own[own["last"] == 1e-3] if stage == "first" else own[own["first"] == 1e-3] if stage == "last" else own
+        scores = own.groupby("first" if stage == "first" else "last").accuracy.mean()
+        assert rows.set_index("learning_rate").score.to_dict() == pytest.approx(scores.to_dict(), rel=1e-4)
         best, = rows[rows.chosen].learning_rate
-        assert best == min(r for r, v in scores.items() if v == scores.max())
+        assert best == scores[scores == scores.max()].index.min()
         assert f"{budget}: {best}" in text_of(tagged(nb, "verdict"))
 
 
@@ -179,8 +275,14 @@ def test_losses_with_other_parameters(tmp_path):
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "budgets: [0, 100]"], "budgets=[0, 100] is not allowed"),
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "seeds: [3]"], "seeds=[3] is not allowed"),
     ("02_data_budget", ["-p", "sedes", "3"], "Unknown parameter 'sedes'"),
+    ("03_teacher_strength", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher; allowed: smoke, lab"),
+    ("04_two_stage_domain", ["-p", "preset", "smoke", "-y", "domains: [bank]"], "domains=['bank'] is not allowed; allowed: a list of market, clinic"),
+    ("05_report", ["-p", "preset", "smoke", "-y", "worlds: [1]"], "worlds=[1] is not allowed; allowed: a list of at least two"),
+    ("05_report", ["-y", "worlds: [0, a]"], "worlds=[0, 'a'] is not allowed; allowed: a list of at least two different whole numbers from 0"),
+    ("05_report", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher"),
     ("07_learning_rates", ["-p", "preset", "huge"], "preset='huge' is not allowed; allowed: smoke, lab, realtext"),
-    ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False")])
+    ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False"),
+    ("00_start_here", ["-p", "live", "3"], "live=3 has type int; allowed: True or False")])
 def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, arguments, message):
     target = tmp_path / "results"
     where = [] if name == "01_losses" else ["-p", "results_dir", str(target)]

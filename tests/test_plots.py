@@ -6,6 +6,7 @@ from matplotlib.colors import to_rgb
 from test_stats import ACC, BPB, runs
 
 from kdlib import plots, stats
+from kdlib.presets import ARMS
 
 matplotlib.use("agg")
 
@@ -24,12 +25,38 @@ def texts(fig):
     return [t.get_text() for ax in fig.axes for t in [*ax.texts, ax.title, *ax.get_xticklabels()]]
 
 
-def test_methods_differ_in_colour_marker_line_and_grey():
-    looks = list(plots.STYLE.values())
-    for key in ("color", "marker", "linestyle", "label"):
+@pytest.mark.parametrize("experiment", ARMS)
+def test_arms_of_a_figure_differ_in_colour_marker_and_line(experiment):
+    looks = [plots.STYLE[" ".join(filter(None, arm))] for arm in ARMS[experiment]]
+    for key in ("color", "marker", "label"):
         assert len({look[key] for look in looks}) == len(looks)
-    grey = [sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(look["color"]))) for look in looks]
+    assert len({(look["linestyle"], look["marker"]) for look in looks}) == len(looks)
+    assert plots.STYLE["kd"]["color"] == plots.STYLE["kd base"]["color"], "one look for the same arm in every figure"
+
+
+def test_sft_and_kd_differ_in_greyscale():
+    grey = [sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(plots.STYLE[arm]["color"]))) for arm in ("sft", "kd")]
     assert abs(grey[0] - grey[1]) > 0.1
+
+
+def test_gaps_of_several_arms_have_a_line_and_a_name_each():
+    gaps = stats.paired_gaps(frame(), ACC)
+    both = pd.concat([gaps.assign(arm="kd weak"), gaps.assign(gap=gaps.gap + 0.1, arm="kd strong")])
+    fig, plotted = plots.gap_vs_budget(both, ACC, arms=("kd weak", "kd strong"))
+    assert set(plotted.arm) == {"kd weak", "kd strong"} and len(plotted) == 2 * len(gaps)
+    assert {"KD, weak teacher", "KD, strong teacher", "better than SFT ↑", "worse ↓"} <= set(texts(fig))
+    means = plotted.groupby("arm").mean_gap.mean()
+    assert means["kd strong"] - means["kd weak"] == pytest.approx(0.1)
+
+
+def test_interval_figure_draws_every_row_of_every_group():
+    table = pd.DataFrame([(part, skill, g, g - 0.1, g + 0.2) for part, up in (("few", 0.0), ("many", 0.3)) for skill, g in (("add", up), ("sort", up - 0.2))],
+                         columns=["part", "skill", "gap", "ci_low", "ci_high"])
+    fig, plotted = plots.intervals(table, "gap", "skill", "part")
+    ax, = fig.axes
+    drawn = {(round(x, 6), round(y)) for line in ax.containers for x, y in zip(*line[0].get_data())}
+    assert plotted is table and [t.get_text() for t in ax.get_yticklabels()] == ["sort", "add"]
+    assert {(0.0, 1), (-0.2, 0), (0.3, 1), (0.1, 0)} == drawn
 
 
 def test_score_figure_draws_means_intervals_and_every_seed():
@@ -56,7 +83,7 @@ def test_gap_figure_draws_the_gap_table_and_a_zero_line(metric):
         assert row.mean_gap == table.gap[row.budget] and row.ci_low == table.ci_low[row.budget]
     ax, = fig.axes
     assert any(list(line.get_ydata()) == [0, 0] for line in ax.lines)
-    assert {"KD better ↑", "SFT better ↓"} <= set(texts(fig)) and metric.gap_label == ax.get_ylabel()
+    assert {"better than SFT ↑", "worse ↓"} <= set(texts(fig)) and metric.gap_label == ax.get_ylabel()
     assert ("KD − SFT" if metric.higher_is_better else "SFT − KD") in ax.get_ylabel()
 
 

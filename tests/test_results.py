@@ -9,13 +9,13 @@ from kdlib import results
 
 @pytest.fixture
 def record():
-    config = {"method": "x", "learning_rate": 0.001, "budget": 20}
+    config = {"phases": [{"learning_rate": 0.001}]}
     return {"run_id": results.run_id(config), "experiment": "data_budget", "preset": "lab", "method": "kd", "teacher": "base",
-            "student": "nano", "budget": 20, "seed": 1, "world_seed": 0,
+            "student": "nano", "domain": None, "pool": None, "budget": 20, "seed": 1, "world_seed": 0,
             "metrics": {"accuracy": 0.25, "accuracy_unseen": 0.5, "accuracy_by_skill": {"add": 0.5, "sort": 0.0}},
             "items": {"id": ["a", "b", "c"], "suite": ["seen", "seen", "unseen"], "skill": ["add", "sort", "add"], "correct": [1, 0, 1], "nll": [1.0, 2.0, 3.0],
                       "bytes": [3, 5, 7]},
-            "config": config, "provenance": {"data_hash": "d"}}
+            "config": config, "provenance": {"artefacts": {}}}
 
 
 def test_a_record_reads_back_as_written(tmp_path, record):
@@ -70,9 +70,6 @@ def test_frames(record):
     frame = results.frame([other, record])
     assert frame.method.tolist() == ["kd", "sft"] and frame.accuracy.tolist() == [0.25, 0.1]
     assert "accuracy_by_skill" not in frame and frame.learning_rate.tolist() == [0.001] * 2
-    skills = results.skill_frame([record])
-    assert skills[["skill", "accuracy"]].values.tolist() == [["add", 0.5], ["sort", 0.0]]
-    assert results.skill_frame([record], "bits_per_byte").empty
 
 
 def test_environment_names_code_packages_and_machine():
@@ -83,7 +80,7 @@ def test_environment_names_code_packages_and_machine():
 
 def claim(name, estimate=0.1, world=0, preset="lab"):
     return {"claim": name, "preset": preset, "world_seeds": [world], "contrast": "a contrast", "estimate": estimate, "ci_low": 0.05,
-            "ci_high": 0.15, "n_seeds": 5, "delta": 0.01, "verdict": "supported", "run_ids": ["r"]}
+            "ci_high": 0.15, "level": 0.95, "n_seeds": 5, "delta": 0.01, "verdict": "supported", "weakest": None, "run_ids": ["r"]}
 
 
 def test_claims_replace_only_their_own(tmp_path):
@@ -105,11 +102,18 @@ def test_damaged_claims_are_named_and_kept(tmp_path, content):
 
 def test_readme_table_is_made_from_the_claims(tmp_path):
     generated_readme = runpy.run_path(str(results.REPOSITORY / ".ci" / "readme.py"))["generated"]
-    results.write_claims([claim("C1a")], tmp_path / "lab")
+    weakest = claim("C3 clinic − mixture")
+    results.write_claims([claim("C1a"), weakest, {**weakest, "claim": "C3 clinic", "weakest": weakest["claim"]}], tmp_path / "lab")
+    results.write_claims([{**claim("C1a", 0.2), "world_seeds": [0, 1]}], tmp_path / "lab")
+    results.write_claims([claim("C1a", 0.3, world=1)], tmp_path / "lab" / "world-1")
     results.write_claims([claim("C1a", preset="realtext")], tmp_path / "realtext")
     text = generated_readme("before\n<!-- claims:start -->\nstale\n<!-- claims:end -->\nafter\n", tmp_path)
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert "| lab | C1a | a contrast | +0.1000 | [+0.0500, +0.1500] | 5 | 0 | supported |" in text and "| realtext |" in text
+    assert "| claim | contrast | world 0 | world 1 | worlds 0, 1 |" in text and "**realtext**" in text
+    one, other, both = (f"supported<br>+0.{n}000 [+0.0500, +0.1500]" for n in (1, 3, 2))
+    assert f"| C1a | a contrast | {one} | {other} | {both} |" in text
+    whole, = [line for line in text.splitlines() if line.startswith("| C3")]
+    assert whole.startswith("| C3 clinic | accuracy in the clinic, ") and "| supported<br>− mixture: +0.1000 [+0.0500, +0.1500] |  |  |" in whole
     assert generated_readme(text, tmp_path) == text
 
 

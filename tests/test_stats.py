@@ -87,7 +87,7 @@ def test_the_contrasts_are_what_was_stated():
     few = stats.budget_claims(frame, ACC)[0]
     wanted = stats.paired_interval([0.07 + 0.001 * s for s in range(5)])
     assert [few[k] for k in ("estimate", "ci_low", "ci_high", "n_seeds")] == pytest.approx(wanted[:4], rel=1e-5)
-    assert stats.fading(stats.paired_gaps(frame, ACC)).to_numpy() == pytest.approx([0.02] * 5)
+    assert stats.budget_claims(frame, ACC)[1]["estimate"] == pytest.approx(0.02)
 
 
 def test_claims_supported_and_refuted():
@@ -181,3 +181,77 @@ def test_item_intervals_are_as_wide_as_the_bootstraps(metric):
         draws.append(difference[drawn].sum() / weight[drawn].sum())
     assert found.estimate == pytest.approx(difference.sum() / weight.sum())
     assert (found.high - found.low) / 2 == pytest.approx(1.968 * np.std(draws), rel=0.06)
+
+
+def arms_frame(scores: dict, seeds=range(5), **labels) -> pd.DataFrame:
+    """Runs with the accuracy ``scores[arm](budget, seed)``, at two budgets."""
+    return pd.DataFrame([{"run_id": f"{arm} {b} {s} {labels}", "preset": "lab", "world_seed": 0, "arm": arm, "method": arm, "budget": b, "seed": s,
+                          "pool": None, **labels, "accuracy": score(b, s)} for arm, score in scores.items() for b in (200, 400) for s in seeds])
+
+
+def test_a_stronger_teacher_is_judged_at_the_largest_budget_by_two_contrasts():
+    noise = np.random.default_rng(2).normal(0, 0.004, (3, 5))
+    frame = arms_frame({"sft": lambda b, s: 0.5 + noise[0, s], "kd base": lambda b, s: 0.5 + 0.1 * (b == 200) + noise[1, s],
+                        "kd strong": lambda b, s: 0.53 - 0.4 * (b == 200) + noise[2, s]})
+    first, second = stats.teacher_claims(frame, ACC)
+    wanted = scipy_stats.ttest_1samp(0.03 + noise[2] - noise[0], 0).confidence_interval(0.95)
+    assert (first["claim"], second["claim"]) == ("C2a", "C2b") and first["verdict"] == second["verdict"] == "supported"
+    assert [first["ci_low"], first["ci_high"]] == pytest.approx(list(wanted), rel=1e-4)
+    assert "at budget 400" in first["contrast"] and first["n_seeds"] == 5 and len(first["run_ids"]) == 10
+    with pytest.raises(ValueError, match="same seeds; unpaired"):
+        stats.teacher_claims(frame.drop(frame[(frame.arm == "kd base") & (frame.seed == 3)].index), ACC)
+
+
+def test_two_stages_must_lead_every_recipe_of_one():
+    noise = np.random.default_rng(3).normal(0, 0.004, (6, 5))
+    lead = {"human_sft": 0.2, "human_kd": 0.1, "synthetic_sft": 0.05, "synthetic_kd": 0.0, "mixture": -0.03}
+    scores = {one: (lambda b, s, i=i, by=by: 0.5 - by + noise[i, s]) for i, (one, by) in enumerate(lead.items())}
+    frame = arms_frame({"kd_then_sft": lambda b, s: 0.5 + noise[5, s], "kd_then_kd": lambda b, s: 0.1, **scores}, domain="clinic")
+    smaller = frame[frame.method == "synthetic_kd"].assign(pool=100.0, accuracy=0.9, run_id=lambda f: f.run_id + " small")
+    both = pd.concat([frame.assign(pool=frame.pool.where(~frame.method.str.contains("synthetic|then|mixture"), 900.0)), smaller])
+    claims = stats.domain_claims(both, ACC)
+    assert [c["claim"] for c in claims] == [f"C3 clinic − {one}" for one in lead]
+    assert [c["verdict"] for c in claims] == ["supported"] * 3 + [claims[3]["verdict"], "refuted"] and claims[3]["verdict"] != "supported"
+    p = [scipy_stats.ttest_1samp(by + noise[5] - noise[i], 0).pvalue for i, by in enumerate(lead.values())]
+    for c, adjusted in zip(claims, stats.holm(p)):
+        assert (adjusted <= 0.05) == (not c["ci_low"] <= 0 <= c["ci_high"]), "what Holm's procedure rejects"
+    whole = stats.together("C3 clinic", claims)
+    assert whole["claim"] == "C3 clinic" and whole["verdict"] == "refuted" and whole["estimate"] == claims[4]["estimate"]
+    assert stats.together("C", claims[:3])["verdict"] == "supported"
+
+
+def test_intervals_at_holms_levels_reject_what_holm_rejects():
+    rng, rejected = np.random.default_rng(4), set()
+    for _ in range(300):
+        samples = {str(i): rng.normal(rng.choice([0, 0.8, 2]), 1, 6) for i in range(5)}
+        levels, adjusted = stats.holm_levels(samples), stats.holm([scipy_stats.ttest_1samp(v, 0).pvalue for v in samples.values()])
+        for (name, values), p in zip(samples.items(), adjusted):
+            i = stats.paired_interval(values, levels[name])
+            assert (p <= 0.05) == (not i.low <= 0 <= i.high)
+            rejected.add(p <= 0.05)
+    assert rejected == {True, False}
+
+
+def test_over_worlds_the_world_is_a_random_effect():
+    """The t interval of the worlds' means is that of a balanced one-way random-effects analysis of variance."""
+    rng = np.random.default_rng(5)
+    values = 0.05 + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.01, (3, 7))
+    frame = [runs(lambda b, s, w=w: values[w, s], seeds=range(7)).assign(world_seed=w, run_id=lambda f, w=w: f.run_id + f" {w}") for w in range(3)]
+    claims = [stats.budget_claims(f, ACC)[0] for f in frame]
+    found = stats.over_worlds(claims)
+    between = 7 * values.mean(1).var(ddof=1)  # the mean square between worlds
+    half = scipy_stats.t.ppf(0.975, 2) * math.sqrt(between / values.size)
+    assert (found["estimate"], found["ci_low"], found["ci_high"]) == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), rel=1e-4)
+    assert found["world_seeds"] == [0, 1, 2] and found["n_seeds"] == 7 and len(found["run_ids"]) == sum(len(c["run_ids"]) for c in claims)
+    with pytest.raises(ValueError, match="one contrast over as many seeds each"):
+        stats.over_worlds([claims[0], {**claims[1], "n_seeds": 6}])
+
+
+def test_worlds_that_agree_by_luck_are_no_surer_than_their_seeds():
+    values = np.array([[0.01, 0.05, 0.09], [0.02, 0.05, 0.08], [0.04, 0.05, 0.06]])
+    frame = [runs(lambda b, s, w=w: values[w, s], seeds=range(3)).assign(world_seed=w, run_id=lambda f, w=w: f.run_id + f" {w}") for w in range(3)]
+    alone = [stats.budget_claims(f, ACC)[0] for f in frame]
+    found = stats.over_worlds([{**c, "level": 0.95} for c in alone], 0.99)
+    error = math.sqrt(values.var(axis=1, ddof=1).sum() / 3 / 9)
+    assert (found["ci_high"] - found["ci_low"]) / 2 == pytest.approx(scipy_stats.t.ppf(0.995, 2) * error, rel=1e-4)
+    assert found["level"] == 0.99 and found["verdict"] == "exploratory: inconclusive"

@@ -35,7 +35,7 @@ def test_a_results_folder_is_new_or_ours(tmp_path):
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"results_dir='.*' holds files of something else .*give a new or empty folder"):
+    with pytest.raises(ValueError, match=r"results_dir='.*' holds files of something else .*give an empty or new folder"):
         store.open_folder(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -93,7 +93,7 @@ def test_an_artefact_of_files_that_changed_is_refused_and_kept(tmp_path):
     path = store.artefact(tmp_path, "thing", {"a": 1}, _slow_build, {"rows.jsonl": "hash 1"})
     assert store.artefact(tmp_path, "thing", {"a": 1}, _slow_build, {"rows.jsonl": "hash 1"}) == path
     assert store.artefact(tmp_path, "thing", {"a": 1}, _slow_build) == path, "the files need not be there any more"
-    with pytest.raises(ValueError, match=r"made from other files than those at hand \(rows.jsonl\); give a results_dir of its own"):
+    with pytest.raises(ValueError, match=r"made from other files than rows.jsonl at hand; give each a results_dir"):
         store.artefact(tmp_path, "thing", {"a": 1}, _slow_build, {"rows.jsonl": "hash 2"})
     assert path.is_dir()
 

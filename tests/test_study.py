@@ -6,10 +6,10 @@ import random
 import shutil
 
 import pytest
-from tiny import TINY, changed, plan
+from tiny import SMOKE, TINY, changed, plan, sweep
 
 from kdlib import data, evaluate, models, results, stages, stats, store, study
-from kdlib.presets import METHODS, PRESETS
+from kdlib.presets import ARMS, PRESETS, RECIPES
 
 
 def make(tmp_path, **parameters):
@@ -58,24 +58,118 @@ def test_the_standard_design_has_the_presets_folder_and_others_their_own(tmp_pat
     assert standard.standard and standard.folder == standard.root / "smoke"
     assert not changed.standard and changed.folder.parent == standard.root / "smoke" / "variants"
     assert make(tmp_path, budgets=[1600, 100], seeds=[1, 0]).folder == standard.folder, "order does not matter"
-    assert make(tmp_path, world_seed=1).folder != standard.folder != make(tmp_path, seeds=[0, 2]).folder
-    assert set(standard.ids) & set(changed.ids) == {i for i, c in zip(standard.ids, standard.configs) if c["alpha"] == 0}
+    assert make(tmp_path, world_seed=7).folder != standard.folder != make(tmp_path, seeds=[0, 2]).folder
+    assert set(standard.ids) & set(changed.ids) == {i for i, (run, _) in zip(standard.ids, standard.runs) if run["method"] == "sft"}
+    other = make(tmp_path, world_seed=1)
+    assert other.folder == standard.folder / "world-1"
 
 
+@pytest.mark.parametrize("experiment", [e for e in ARMS if e != "two_stage_domain"])
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
-def test_runs_of_a_seed_are_paired(preset):
-    configs = study.grid(preset, METHODS, preset.budgets, preset.seeds, 0)
-    assert len({results.run_id(c) for c in configs}) == len(configs) == 2 * len(preset.budgets) * len(preset.seeds)
-    for sft, kd in zip(configs[::2], configs[1::2]):
-        assert sft["alpha"] == 0 and sft["teacher"] is None and kd["teacher"] is not None
-        assert {k for k in sft if sft[k] != kd[k]} <= {"alpha", "temperature", "teacher", "learning_rate"}
-    assert len({c["steps"] for c in configs}) == 1 and not {"workers", "results_dir", "preset", "experiment"} & set(configs[0])
+def test_runs_of_a_seed_are_paired(preset, experiment):
+    if preset.lacks(experiment):
+        with pytest.raises(ValueError, match=rf"preset='{preset.name}' has no strong( and no weak)? teacher; allowed: smoke, lab\."):
+            study.plan(experiment, {"preset": preset.name})
+        return
+    runs, arms = study.grid(preset, experiment, 0), len(ARMS[experiment])
+    assert len({results.run_id(c) for _, c in runs}) == len(runs) == arms * len(preset.budgets) * len(preset.seeds)
+    for start in range(0, len(runs), arms):
+        (labels, sft), *others = runs[start:start + arms]
+        assert labels["method"] == "sft" and labels["teacher"] is None and sft["phases"][0]["teacher"] is None
+        for other, config in others:
+            (phase,), (plain,) = config["phases"], sft["phases"]
+            assert {k for k in labels if labels[k] != other[k]} <= {"method", "teacher"} and config["start"] == sft["start"]
+            assert {k for k in plain if plain[k] != phase[k]} <= {"alpha", "teacher", "learning_rate", "rows"}
+            assert (phase["teacher"] is None) == (other["method"] == "seq_kd") == ("said" in phase["rows"][0])
+            assert {k: phase["rows"][0][k] for k in ("set", "budget", "seed")} == plain["rows"][0]
+    assert len({p["steps"] for _, c in runs for p in c["phases"]}) == 1
+    assert set(runs[0][1]) == {"start", "phases", "evaluate"}, "nothing that cannot change the result"
+
+
+@pytest.mark.parametrize("name", ["smoke", "lab"])
+def test_recipes_of_a_domain_are_paired_and_train_as_many_steps(name):
+    preset = PRESETS[name]
+    d = preset.domain
+    runs = study.grid(preset, "two_stage_domain", 0)
+    middle, cells = d["budgets"][len(d["budgets"]) // 2], {}
+    assert len({results.run_id(c) for _, c in runs}) == len(runs)
+    for labels, config in runs:
+        cells.setdefault((labels["domain"], labels["budget"], labels["seed"]), []).append((labels, config))
+    assert len(cells) == len(d["names"]) * len(d["budgets"]) * len(d["seeds"])
+    for (domain, budget, seed), cell in cells.items():
+        full = [(r, c) for r, c in cell if r["pool"] in (None, max(d["pools"]))]
+        assert [r["method"] for r, _ in full] == [recipe for recipe, _ in ARMS["two_stage_domain"]]
+        assert {r["pool"] for r, _ in cell} == {None, *(d["pools"] if budget == middle else [max(d["pools"])])}
+        teachers = set()
+        for r, config in cell:
+            assert sum(p["steps"] for p in config["phases"]) == d["steps"] and config["evaluate"]["on"] == f"{domain}/test"
+            assert config["start"] == study.model_spec(preset, d["student"], 0) and all(p["seed"] == seed for p in config["phases"])
+            rates = d["learning_rate"][r["method"]]
+            for phase, choices in zip(config["phases"], rates if isinstance(rates, list) else [rates], strict=True):
+                assert phase["learning_rate"] == preset.rate(choices, budget)
+            for phase, (rows, method) in zip(config["phases"], RECIPES[r["method"]], strict=True):
+                assert (phase["teacher"] is not None) == (method == "kd") == (phase["alpha"] == 1.0)
+                for part, source in zip(phase["rows"], rows.split("+"), strict=True):
+                    if source == "human":
+                        assert part == {"set": f"{domain}/train", "budget": budget, "seed": seed}
+                    else:
+                        assert part["set"] == part["said"]["set"] == f"{domain}/pool" and part["budget"] == r["pool"]
+                        teachers.add(json.dumps(part["said"]["by"]))
+                teachers |= {json.dumps(phase["teacher"])} - {"null"}
+        teacher = json.loads(teachers.pop())
+        assert not teachers and teacher["start"] == study.model_spec(preset, d["teacher"], 0), "one teacher a cell"
+        assert teacher["phases"][0]["rows"] == [{"set": f"{domain}/train", "budget": budget, "seed": seed}], "it sees what the student may see"
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"preset": "realtext"}, "preset='realtext' has no domain; allowed: smoke, lab"),
+    ({"domains": ["bank"]}, r"domains=\['bank'\] is not allowed; allowed: a list of market, clinic"),
+    ({"budgets": [10, 201]}, "budgets=.* from 1 to 200"), ({"pools": [10, 401]}, r"pools=.* from 1 to 400, the prompts of a pool"),
+    ({"pools": [100]}, "at least two different")])
+def test_bad_domain_parameters_are_named(tmp_path, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        study.plan("two_stage_domain", {"preset": "smoke", "results_dir": str(tmp_path / "results"), **parameters})
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_a_preset_lacks():
+    assert [PRESETS["smoke"].lacks(e) for e in ARMS] == [[]] * 4
+    assert [PRESETS["realtext"].lacks(e) for e in ("data_budget", "teacher_strength", "two_stage_domain")] == [[], ["strong", "weak"], ["domain"]]
+
+
+def test_the_words_of_a_domains_teacher_are_learned_and_what_is_forgotten_is_recorded(tmp_path):
+    domain = {**SMOKE.domain, "names": ["clinic"], "budgets": [10, 30], "pools": [20, 40], "seeds": [0, 1], "steps": 8,
+              "tuning": {"steps": 6, "learning_rate": {10: 1e-3}}}
+    small = changed(TINY, domain=domain)
+    runs = study.grid(small, "two_stage_domain", 0, [30], [0], arms=[(n, None) for n in ("human_sft", "synthetic_sft", "kd_then_sft")])
+    weak = [({**labels}, {**config, "phases": [json.loads(json.dumps(p)) for p in config["phases"]]}) for labels, config in runs]
+    for _, config in weak:  # the tiny strong teacher has nothing right to learn from
+        text = json.dumps(config).replace(json.dumps(study.model_spec(small, "strong", 0)), json.dumps(study.model_spec(small, "base", 0)))
+        config |= json.loads(text)
+    records = study.run(study.Plan(small, tuple(weak), store.open_folder(tmp_path / "r"), True, True, 2))
+    for r in records:
+        assert r["domain"] == "clinic" and {"general_accuracy", "general_nll", "untuned_nll"} <= set(r["metrics"])
+        assert set(r["items"]["skill"]) == {"remedy", "visit", "plan"}
+        assert ("label_accuracy" in r["metrics"]) == (r["method"] != "human_sft") == (r["pool"] is not None)
+
+
+def test_teachers_are_made_from_what_they_say_they_are():
+    preset = PRESETS["lab"]
+    weak, base, strong = (study.model_spec(preset, name, 0) for name in ("weak", "base", "strong"))
+    assert weak["start"] == study.model_spec(preset, "student", 0) and base["start"] == study.model_spec(preset, "teacher", 0)
+    assert [m["phases"][0]["rows"] for m in (weak, base)] == [[{"set": "train"}]] * 2
+    rounds = [strong, strong["start"]]
+    assert rounds[-1]["start"] == base and preset.teachers["strong"]["rounds"] == len(rounds) >= 2
+    for after in rounds:
+        (part,), = [p["rows"] for p in after["phases"]]
+        assert part["verified"] and part["said"]["by"] == after["start"] and part["said"]["temperature"] == 1.0
+    assert len({p["said"]["seed"] for r in rounds for p in r["phases"][0]["rows"]}) == len(rounds)
 
 
 def test_lab_and_realtext_are_as_large_as_promised():
     lab, real = PRESETS["lab"], PRESETS["realtext"]
     assert len(lab.budgets) >= 6 and len(lab.seeds) >= 5 and len(real.budgets) >= 4 and len(real.seeds) >= 3
-    assert lab.sweep["world_seed"] != 0 and not set(real.sweep["seeds"]) & set(real.seeds)
+    assert not set(lab.sweep["worlds"]) & set(lab.worlds) and not set(real.sweep["seeds"]) & set(real.seeds)
 
 
 def test_records_hold_what_the_dictionary_says(tiny_records):
@@ -86,40 +180,78 @@ def test_records_hold_what_the_dictionary_says(tiny_records):
         assert ({"teacher_nll", "teacher_entropy", "top1_agreement"} <= set(r["metrics"])) is kd
         assert r["teacher"] == ("base" if kd else None) and r["student"] == "nano" and r["preset"] == "tiny"
         p = r["provenance"]
-        assert {"code_version", "code_dirty", "packages", "device", "dtype", "wall_s", "cpu_s", "tokens", "data_hash"} <= set(p)
+        assert {"code_version", "code_dirty", "packages", "device", "dtype", "wall_s", "cpu_s", "tokens", "artefacts"} <= set(p)
         assert p["tokens"] > p["response_tokens"] > 0 and p["data_report"]["train"]["answer_tokens_cut"] == 0
         assert len(r["items"]["id"]) == len(r["items"]["correct"]) == 60
         assert p["metric"] == "accuracy" and p["higher_is_better"] is True and 100 < p["peak_memory_mib"] < 8000
         assert p["data_report"]["train"]["rows_not_used"] == 0 and 0 < p["data_report"]["train"]["distinct_prompts"] <= 200
-    hashes = {(p["data_hash"], p["student_hash"]) for p in (r["provenance"] for r in tiny_records)}
-    assert len(hashes) == 1 and len({r["provenance"]["teacher_hash"] for r in tiny_records if r["method"] == "kd"}) == 1
+    for method, kinds in (("sft", ["base", "data"]), ("kd", ["base", "base", "data", "model"])):
+        found = {json.dumps(r["provenance"]["artefacts"]) for r in tiny_records if r["method"] == method}
+        assert len(found) == 1 and sorted(n.split("-")[0] for n in json.loads(found.pop())) == kinds
     assert len({json.dumps(r["metrics"]) for r in tiny_records}) == 8, "every run is another model"
+
+
+def labels_of(record):
+    return {k: record[k] for k in results.KEYS if k != "run_id"}
 
 
 def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
     chosen = [r for r in tiny_records if r["budget"] == 20 and r["seed"] == 1]
     root = store.open_folder(tmp_path / "again")
     for wanted in chosen:
-        stages.execute(root, "tiny", "data_budget", wanted["config"])
+        stages.execute(root, labels_of(wanted), wanted["config"])
         again = results.read_record(results.record_path(root, "tiny", wanted["run_id"]))
         assert again["metrics"] == wanted["metrics"] and again["items"] == wanted["items"]
-        for part in ("data_hash", "student_hash", "teacher_hash"):
-            assert again["provenance"][part] == wanted["provenance"][part]
+        assert again["provenance"]["artefacts"] == wanted["provenance"]["artefacts"]
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_teacher_and_untuned_student_are_scored_as_the_student_is(tiny_root, tiny_records, split):
     config = next(r["config"] for r in tiny_records if r["method"] == "kd")
-    bundle = stages.read_data(tiny_root, config["data"])
-    for name, kind, spec in zip(("untuned", "teacher"), ("base", "teacher"), stages.model_specs(config)):
-        folder = store.artefact_path(tiny_root, kind, spec)
+    known = stages.read_data(tiny_root, stages.data_of(config))
+    for name, spec in (("untuned", config["start"]), ("teacher", stages.teacher_of(config))):
+        folder = stages.path(tiny_root, spec)
         model, tokenizer = models.load(folder)
-        wanted = evaluate.evaluate(model, tokenizer, bundle.held[split], verify=bundle.verify)[0]
+        wanted = evaluate.evaluate(model, tokenizer, known.rows(split), verify=known.verify)[0]
         assert json.loads((folder / "evaluation.json").read_text())[split] == wanted
         for r in tiny_records if split == "test" else ():
             own = {k: r["metrics"].get(f"{name}_{k}") for k in wanted}
             assert (own["accuracy_by_skill"] == wanted["accuracy_by_skill"]) is (name == "untuned" or r["method"] == "kd")
             assert r["metrics"]["untuned_nll"] > r["metrics"]["nll"]
+
+
+def test_a_teacher_that_says_nothing_right_cannot_be_tuned_on_its_words(tiny_root, tiny_records):
+    spec = study.model_spec(TINY, "strong", 0)
+    with pytest.raises(ValueError, match="Set 'train' has nothing to train on: no answer of its teacher verifies"):
+        stages.make(tiny_root, spec)
+
+
+def test_teachers_of_every_strength_and_their_own_words(tmp_path):
+    able = changed(TINY, bases={name: {**base, "steps": 300} for name, base in TINY.bases.items()}, source={**TINY.source, "pretrain_lines": 6000},
+                   teachers={n: {**t, "tuning": {**t["tuning"], "steps": 120}} for n, t in TINY.teachers.items()})
+    runs = study.grid(able, "teacher_strength", 0)
+    made = study.Plan(able, tuple(runs), store.open_folder(tmp_path / "teachers"), True, True, 2)
+    records = study.run(made)
+    frame = results.frame(records)
+    assert set(frame.arm) == {"sft", "kd weak", "kd base", "kd strong", "seq_kd strong"} and (frame.groupby("arm").size() == 4).all()
+    config = next(r["config"] for r in records if r["method"] == "seq_kd")
+    spec, (part,) = stages.data_of(config), config["phases"][0]["rows"]
+    rows, skills, right = stages.read_rows(made.root, part, spec)
+    known, asked = stages.read_data(made.root, spec), stages.read_rows(made.root, {"set": "train"}, spec)[0]
+    assert len(rows) == len(asked) == len(right) == TINY.train_rows and [r["id"] for r in rows] == [r["id"] for r in asked]
+    for row, prompt, fine, source in zip(rows, asked, right, known.rows("train")):
+        start = next(i for i, t in enumerate(row["labels"]) if t != data.IGNORE)
+        assert row["input_ids"][:start] == prompt["input_ids"][:start], "the same prompts"
+        said = known.tokenizer.decode([t for t in row["labels"] if t != data.IGNORE], skip_special_tokens=True)
+        assert known.verify(source, said) is fine
+    assert frame[frame.method == "seq_kd"].label_accuracy.tolist() == pytest.approx([sum(right) / len(right)] * 4)
+    assert frame[frame.method != "seq_kd"].label_accuracy.isna().all()
+    strong = stages.teacher_of(config)
+    (kept,) = strong["phases"][0]["rows"]
+    chosen, _, judged = stages.read_rows(made.root, kept, spec)
+    assert len(chosen) == sum(judged) and [int(r["id"].split("/")[1]) for r in chosen] == [i for i, fine in enumerate(judged) if fine]
+    wanted = json.loads((stages.path(made.root, strong) / "evaluation.json").read_text())["test"]["accuracy"]
+    assert set(frame[frame.teacher == "strong"].teacher_accuracy) == {wanted}
 
 
 def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_records, tmp_path, monkeypatch):
@@ -130,8 +262,8 @@ def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_record
     record = tiny_records[0]
     results.record_path(root, "tiny", record["run_id"]).unlink()
     monkeypatch.setattr(trainer, "train", lambda *_, **__: {"train_loss": math.nan})
-    with pytest.raises(ValueError, match=f"Run {record['run_id']} diverged .training loss nan"):
-        stages.execute(root, "tiny", "data_budget", record["config"])
+    with pytest.raises(ValueError, match=r"Training diverged \(loss nan\) with .*'learning_rate'.*; allowed: settings that keep it finite"):
+        stages.execute(root, labels_of(record), record["config"])
     assert not results.record_path(root, "tiny", record["run_id"]).exists()
 
 
@@ -146,37 +278,48 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     small, paired, large = [[tuple(r["input_ids"]) for r in rows] for rows in seen]
     assert small == paired and len(small) == TINY.steps * TINY.batch_size
     assert len(set(small)) <= 20 < len(set(large))
-    bundle = stages._loaded(tiny_root, json.dumps(configs[0]["data"]))
-    order = data.nested_order(bundle.skills, configs[0]["seed"])
-    assert set(small) == {tuple(bundle.train[i]["input_ids"]) for i in order[:20]}
+    rows, skills, _ = stages.read_rows(tiny_root, {"set": "train"}, stages.data_of(configs[0]))
+    order = data.nested_order(skills, configs[0]["phases"][0]["seed"])
+    assert set(small) == {tuple(rows[i]["input_ids"]) for i in order[:20]}
 
 
-def test_nothing_is_trained_when_that_is_not_wanted(tmp_path):
-    with pytest.raises(ValueError, match=r"train_missing=False, but 8 of 8 runs are missing, the first of them [0-9a-f]{16}"):
+def test_nothing_is_trained_when_that_is_not_wanted_and_what_is_missing_is_named(tmp_path, tiny_records):
+    missing = r"{} of 8 runs of world 0 are missing, and none may be trained \(train_missing=False\): {}; allowed: a results_dir"
+    with pytest.raises(ValueError, match=missing.format(8, "all of them")):
+        study.run(plan(tmp_path / "r", train_missing=False))
+    for r in tiny_records:
+        if r["method"] == "kd" and (r["budget"], r["seed"]) != (20, 1):
+            results.write_record(tmp_path / "r", {k: v for k, v in r.items() if k != "checksum"})
+    cells = r"method sft budget 20 \(2 seeds\), method kd teacher base budget 20 \(1 seed\), method sft budget 200 \(2 seeds\)"
+    with pytest.raises(ValueError, match=missing.format(5, cells)):
         study.run(plan(tmp_path / "r", train_missing=False))
 
 
-@pytest.mark.parametrize("part", ["data", "student", "teacher"])
+def forged(record, prefix):
+    """``record`` with another content of the artefact whose name begins with ``prefix``."""
+    found = {n: "another" if n.startswith(prefix) else h for n, h in record["provenance"]["artefacts"].items()}
+    return {k: v for k, v in record.items() if k != "checksum"} | {"provenance": {**record["provenance"], "artefacts": found}}
+
+
+@pytest.mark.parametrize("part", ["data", "base", "model"])
 def test_records_of_different_copies_are_not_mixed(tiny_records, tmp_path, part):
     root = store.open_folder(tmp_path / "mixed")
     for r in tiny_records:
-        body = {k: v for k, v in r.items() if k != "checksum"}
-        other = {f"{part}_hash": "another"} if r["method"] == "kd" and r["seed"] else {}
-        results.write_record(root, {**body, "provenance": {**r["provenance"], **other}})
-    with pytest.raises(ValueError, match=rf"more than one copy of the {part} \(their {part}_hash differs\)"):
+        results.write_record(root, forged(r, part if r["method"] == "kd" and r["seed"] else "nothing"))
+    with pytest.raises(ValueError, match=rf"more than one copy of {part}-[0-9a-f]+, so they cannot be compared"):
         study.run(plan(root))
 
 
 def test_runs_are_not_added_to_records_of_other_models(tiny_root, tiny_records, tmp_path):
     """Where floating point differs from machine to machine, the same specification makes other models."""
     shutil.copytree(tiny_root, tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / ".cache")
     path = results.record_path(tmp_path / "r", "tiny", tiny_records[0]["run_id"])
-    path.unlink()
-    for r in tiny_records[1:]:
+    for r in tiny_records:
         results.record_path(tmp_path / "r", "tiny", r["run_id"]).unlink()
-        body = {k: v for k, v in r.items() if k != "checksum"}
-        results.write_record(tmp_path / "r", {**body, "provenance": {**r["provenance"], "student_hash": "another"}})
-    with pytest.raises(ValueError, match="more than one copy of the student .*give a new results_dir"):
+    for r in tiny_records[1:]:
+        results.write_record(tmp_path / "r", forged(r, "base"))
+    with pytest.raises(ValueError, match="more than one copy of base-.*give a new results_dir"):
         study.run(plan(tmp_path / "r"))
     assert not path.exists(), "nothing was trained"
 
@@ -185,9 +328,8 @@ def test_records_of_other_data_than_those_at_hand_are_not_shown(tiny_root, tiny_
     shutil.copytree(tiny_root / ".cache", tmp_path / "r" / ".cache")
     store.write_atomic(tmp_path / "r" / store.MARKER, json.dumps(store.FORMAT))
     for r in tiny_records:
-        body = {k: v for k, v in r.items() if k != "checksum"}
-        results.write_record(tmp_path / "r", {**body, "provenance": {**r["provenance"], "data_hash": "of other files"}})
-    with pytest.raises(ValueError, match="more than one copy of the data"):
+        results.write_record(tmp_path / "r", forged(r, "data"))
+    with pytest.raises(ValueError, match="more than one copy of data-"):
         study.run(plan(tmp_path / "r", train_missing=False))
 
 
@@ -202,21 +344,22 @@ def test_damaged_claims_are_named_before_anything_is_trained(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_every_teacher_is_tuned_on_all_of_the_training_data(preset):
-    for teacher in preset.teachers.values():
-        assert teacher["tuning"]["steps"] * teacher["tuning"]["batch_size"] >= preset.train_rows
+    for name in {"weak", "base"} & set(preset.teachers):
+        tuning = preset.teachers[name]["tuning"]
+        assert tuning["steps"] * tuning.get("batch_size", preset.batch_size) >= preset.train_rows
 
 
 def test_rates_between_the_sweeps_budgets_are_interpolated():
-    preset = changed(TINY, learning_rate={"sft": {100: 1e-3, 400: 4e-3, 800: 1e-3}, "kd": {100: 2e-3}})
-    assert [preset.rate("sft", b) for b in (1, 100, 200, 400, 800, 5000)] == [1e-3, 1e-3, 2e-3, 4e-3, 1e-3, 1e-3]
-    assert preset.rate("sft", 566) == pytest.approx(2e-3, rel=0.01) and preset.rate("kd", 50) == preset.rate("kd", 5000) == 2e-3
+    three, one = {100: 1e-3, 400: 4e-3, 800: 1e-3}, {100: 2e-3}
+    assert [TINY.rate(three, b) for b in (1, 100, 200, 400, 800, 5000)] == [1e-3, 1e-3, 2e-3, 4e-3, 1e-3, 1e-3]
+    assert TINY.rate(three, 566) == pytest.approx(2e-3, rel=0.01) and TINY.rate(one, 50) == TINY.rate(one, 5000) == 2e-3
 
 
 def test_more_rows_than_the_data_has_is_said(tmp_path):
     greedy = changed(TINY, train_rows=5000)
-    config = study.grid(greedy, METHODS, [20], [0], 0)[0]
+    labels, config = study.grid(greedy, "data_budget", 0)[0]
     with pytest.raises(ValueError, match="train_rows=5000 is above the data; allowed: up to 200 rows"):
-        stages.execute(store.open_folder(tmp_path / "r"), "tiny", "data_budget", config)
+        stages.execute(store.open_folder(tmp_path / "r"), labels, config)
 
 
 def text_preset(monkeypatch, folder):
@@ -243,14 +386,14 @@ def text_preset(monkeypatch, folder):
     quick = {"steps": 5, "batch_size": 4, "block": 64}
     return changed(
         real, source={**real.source, "validation_rows": 10, "test_rows": 25}, train_rows=140, max_length=64, vocab_size=400,
-        student={**real.student, **quick}, steps=4, batch_size=4, budgets=(10, 140),
-        teachers={"base": {**real.teachers["base"], **quick, "tuning": {**real.teachers["base"]["tuning"], "steps": 3, "batch_size": 4}}})
+        bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
+        teachers={"base": {"start": "teacher", "tuning": {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}}})
 
 
 def test_human_text_takes_the_same_path(tmp_path, monkeypatch):
     preset = text_preset(monkeypatch, tmp_path)
-    configs = study.grid(preset, METHODS, preset.budgets, preset.seeds, 0)
-    made = study.Plan(preset, "data_budget", tuple(configs), store.open_folder(tmp_path / "r"), True, True, 2)
+    runs = study.grid(preset, "data_budget", 0)
+    made = study.Plan(preset, tuple(runs), store.open_folder(tmp_path / "r"), True, True, 2)
     records = study.run(made)
     assert len(records) == 12 and {r["preset"] for r in records} == {"realtext"}
     for r in records:
@@ -270,43 +413,52 @@ def test_human_text_takes_the_same_path(tmp_path, monkeypatch):
 @pytest.mark.skipif("KDLIB_DATA" not in os.environ, reason="KDLIB_DATA names no folder with the real text")
 def test_the_real_text_is_rendered_without_cutting_an_answer(tmp_path):
     preset = PRESETS["realtext"]
-    config = study.grid(preset, METHODS, [100], [0], 0)[0]
-    bundle = stages.read_data(store.open_folder(tmp_path / "r"), config["data"])
-    tokenizer = bundle.tokenizer
-    assert len(bundle.train) == preset.train_rows and len(tokenizer) == preset.vocab_size
-    held = {tuple(r["input_ids"]) for split in bundle.held.values() for r in split}
-    assert not held & {tuple(r["input_ids"]) for r in bundle.train}
-    for split, rows in (("train", bundle.train), ("test", bundle.held["test"])):
-        assert bundle.report[split]["answer_tokens_cut"] == 0
-        for row in rows:
-            assert len(row["input_ids"]) <= preset.max_length and row["labels"][-1] == tokenizer.eos_token_id
-    for row in bundle.held["test"].select(range(50)):
-        spoken = tokenizer.decode([t for t in row["labels"] if t != data.IGNORE][:-1])
+    spec, root = study.data_spec(preset, 0), store.open_folder(tmp_path / "r")
+    known, (train, *_) = stages.read_data(root, spec), stages.read_rows(root, {"set": "train"}, spec)
+    assert len(train) == preset.train_rows and len(known.tokenizer) == preset.vocab_size
+    held = {tuple(ids) for split in ("validation", "test") for ids in known.rows(split)["input_ids"]}
+    assert not held & {tuple(r["input_ids"]) for r in train}
+    for split in ("train", "test"):
+        assert known.report[split]["answer_tokens_cut"] == 0
+        for row in known.rows(split):
+            assert len(row["input_ids"]) <= preset.max_length and row["labels"][-1] == known.tokenizer.eos_token_id
+    for row in known.rows("test").select(range(50)):
+        spoken = known.tokenizer.decode([t for t in row["labels"] if t != data.IGNORE][:-1])
         assert spoken == row["messages"][-1]["content"]
 
 
 def test_the_sweep_crosses_rates_methods_budgets_and_seeds(tmp_path):
-    planned = study.sweep_plan(TINY, tmp_path / "r")
-    combos = {(c["learning_rate"], bool(c["alpha"]), c["budget"], c["seed"]) for c in planned.configs}
-    assert combos == {(rate, kd, 20, 100) for rate in (1e-3, 2e-3) for kd in (True, False)}
-    assert {c["split"] for c in planned.configs} == {"validation"} and {c["data"]["world_seed"] for c in planned.configs} == {900}
+    planned = sweep(TINY, tmp_path / "r")
+    combos = {(c["phases"][0]["learning_rate"], r["method"], r["teacher"], r["budget"], r["seed"]) for r, c in planned.runs if not r["domain"]}
+    arms = (("sft", None), ("kd", "base"), ("seq_kd", "strong"))
+    assert combos == {(rate, *arm, 20, 100) for rate in (1e-3, 2e-3) for arm in arms}
+    recipes = {(tuple(p["learning_rate"] for p in c["phases"]), r["method"], r["domain"], r["budget"], r["seed"]) for r, c in planned.runs if r["domain"]}
+    rates = {1: {(1e-3,), (2e-3,)}, 2: {(1e-3, 1e-3), (1e-3, 2e-3), (2e-3, 1e-3)}}  # of the last stage, then of the first: 1e-3 suits both
+    assert recipes == {(rate, recipe, domain, budget, 100) for recipe, _ in ARMS["two_stage_domain"] for rate in rates[len(RECIPES[recipe])]
+                       for domain in TINY.domain["names"] for budget in TINY.domain["budgets"]}
+    assert len(planned.runs) == len(combos) + len(recipes) == len(set(planned.ids))
+    assert {c["evaluate"]["on"] for c in planned.configs} == {"validation", "market/validation", "clinic/validation"}
+    assert {r["world_seed"] for r, _ in planned.runs} == {stages.data_of(c)["world_seed"] for c in planned.configs} == {900}
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_no_sweep_run_is_a_reported_run(preset, tmp_path):
     reported = study.plan("data_budget", {"preset": preset.name, "results_dir": str(tmp_path / "r")})
-    planned = study.sweep_plan(preset, tmp_path / "r")
+    planned = sweep(preset, tmp_path / "r")
     assert not set(planned.ids) & set(reported.ids)
-    assert {c["split"] for c in reported.configs} == {"test"}
+    assert {c["evaluate"]["on"] for c in reported.configs} == {"test"}
     assert not set(planned.seeds) & set(reported.seeds)
 
 
 @pytest.mark.parametrize("name", ["lab", "realtext"])
 def test_the_presets_rates_lie_inside_the_committed_sweeps_grid(name):
     preset, root = PRESETS[name], results.REPOSITORY / "results"
-    planned = study.sweep_plan(preset, root)
+    planned = sweep(preset, root)
     assert len(results.read_records(root, name, planned.ids)) == len(planned.ids), "the committed sweep is complete"
     rates = sorted(preset.sweep["learning_rates"])
-    for method, choice in preset.learning_rate.items():
-        assert list(choice) == preset.sweep["budgets"]
-        assert rates[0] < min(choice.values()) <= max(choice.values()) < rates[-1], f"{method}'s rates lie inside the grid"
+    lower = sorted([*preset.domain.get("last_stage_rates", ()), *rates])
+    for method, given in [*preset.learning_rate.items(), *preset.domain.get("learning_rate", {}).items()]:
+        *first, last = given if isinstance(given, list) else [given]
+        for choice, low in [*((c, rates[0]) for c in first), (last, lower[0] if first else rates[0])]:
+            assert list(choice) == (preset.sweep["budgets"] if method in preset.learning_rate else preset.domain["budgets"])
+            assert low < min(choice.values()) <= max(choice.values()) < rates[-1], f"{method}'s rates lie inside the grid"

@@ -1,6 +1,7 @@
 import json
 import math
 
+import datasets
 import pyarrow as pa
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_a_bucket_never_overstates_and_more_tokens_come_closer(student, teacher,
     assert found[0] < found[1] < found[2] <= live + 1e-5 and live - found[2] < 0.5 * (live - found[0])
 
 
-def test_sampling_is_unbiased_in_loss_and_gradient_where_top_k_is_not(student, teacher, tokenizer, examples, tmp_path):
+def test_sampling_is_unbiased_in_loss_and_gradient(student, teacher, tokenizer, examples, tmp_path):
     live = loss_and_gradient(Live(teacher, tokenizer), student, tokenizer, examples)
     draws = [loss_and_gradient(cache(tmp_path / str(s), teacher, tokenizer, examples, form="sampled", k=16, seed=s), student, tokenizer, examples)
              for s in range(40)]
@@ -71,8 +72,6 @@ def test_sampling_is_unbiased_in_loss_and_gradient_where_top_k_is_not(student, t
     mean = torch.stack([d[1] for d in draws]).mean(0)
     noise = torch.stack([d[1] for d in draws]).std(0).norm() / math.sqrt(len(draws))
     assert (mean - live[1]).norm() < 2 * noise
-    biased = loss_and_gradient(cache(tmp_path / "top", teacher, tokenizer, examples, k=16, tail="renormalise"), student, tokenizer, examples)
-    assert (biased[1] - live[1]).norm() > 5 * (mean - live[1]).norm()
 
 
 def test_targets_are_found_by_id_whatever_the_order(student, teacher, tokenizer, examples, tmp_path):
@@ -125,11 +124,9 @@ def test_every_mismatch_is_refused_with_its_reason(student, teacher, tokenizer, 
     refused("was made with another (tokenizer|template)", tokenizer=changed)
     refused("has no example 'new'", rows=[{**examples[0], "id": "new"}])
     refused("holds other tokens for example 'row 0'", rows=[{**examples[1], "id": "row 0"}])
-    refused("temperature=2.0 but the cache .* was made at 1.0; allowed: that, or a full or hidden cache", objective=Objective(temperature=2.0))
+    refused("temperature=2.0 but the cache .* has 1.0; allowed: that, or an exact cache", objective=Objective(temperature=2.0))
     refused("kind='jsd' with a sampled cache would be biased", objective=Objective(kind="jsd"),
             source=cache(tmp_path / "s", teacher, tokenizer, examples, form="sampled", k=4))
-    refused("kind='reverse_kl' is infinite where", objective=Objective(kind="reverse_kl"),
-            source=cache(tmp_path / "r", teacher, tokenizer, examples, k=4, tail="renormalise"))
     with pytest.raises(ValueError, match="was made with another teacher; give a folder of its own"):
         cache(tmp_path / "c", student, tokenizer, examples, k=4)
 
@@ -153,7 +150,7 @@ def test_a_damaged_cache_is_refused(teacher, tokenizer, examples, tmp_path, dama
         Cached(folder)
 
 
-@pytest.mark.parametrize("how, message", [({"form": "zip"}, "form='zip' is not allowed; allowed: full, hidden, top_k, sampled"), ({"tail": "drop"}, "tail='drop'"),
+@pytest.mark.parametrize("how, message", [({"form": "zip"}, "form='zip' is not allowed; allowed: full, hidden, top_k, sampled"),
                                           ({"k": 0}, "k=0 is not allowed"), ({"k": 10**6}, "k=1000000"), ({"dtype": "int8"}, "dtype='int8'"),
                                           ({"temperature": 0.0}, "temperature=0.0")])
 def test_bad_settings_are_named(teacher, tokenizer, examples, tmp_path, how, message):
@@ -217,8 +214,17 @@ def test_a_cache_is_mapped_and_not_copied(teacher, tokenizer, examples, tmp_path
     opened = Cached(folder)
     size = sum(values.nbytes for arrays in opened.shards for _, values in arrays.values())
     assert size > 100_000 and pa.total_allocated_bytes() - before < size / 10
-    with pytest.raises(ValueError, match="shard_rows=1001 is not allowed; allowed: 1 to 1000"):
-        write_cache(tmp_path / "big", teacher, tokenizer, examples, shard_rows=1001)
+
+
+def test_a_shard_that_arrow_keeps_in_pieces_is_read_whole(student, teacher, tokenizer, examples, tmp_path, monkeypatch):
+    whole = cache(tmp_path / "whole", teacher, tokenizer, examples, form="hidden", dtype="float32")
+    monkeypatch.setattr(datasets.config, "MAX_ROW_GROUP_SIZE", "10KB")
+    pieces = cache(tmp_path / "pieces", teacher, tokenizer, examples, form="hidden", dtype="float32")
+    assert len(pieces.shards) > 2 * len(whole.shards)
+    for a, b in zip(rows_of(whole, student, tokenizer, examples)[0], rows_of(pieces, student, tokenizer, examples)[0]):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="shard_rows=0 is not allowed; allowed: a whole number from 1"):
+        write_cache(tmp_path / "none", teacher, tokenizer, examples, shard_rows=0)
 
 
 def test_another_configuration_is_another_teacher(teacher, tokenizer, examples, tmp_path):

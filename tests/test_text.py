@@ -72,14 +72,14 @@ def test_local_rows_are_filtered(folder):
 
 
 def test_a_missing_local_file_names_both_remedies(folder):
-    with pytest.raises(FileNotFoundError, match=r"has no file 'absent.jsonl'.*KDLIB_DATA.*from the hub"):
+    with pytest.raises(FileNotFoundError, match=r"has no file 'absent.jsonl'.*KDLIB_DATA.*for the hub"):
         text.load_rows(local("absent.jsonl"))
 
 
 @pytest.mark.parametrize("gone", ["train.jsonl.gz", "test.jsonl", "plain.jsonl"])
 def test_each_missing_file_is_named(folder, gone):
     (folder / gone).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"has no file '{gone}'; point KDLIB_DATA at the folder"):
+    with pytest.raises(FileNotFoundError, match=rf"has no file '{gone}'; point KDLIB_DATA at its folder"):
         text.corpus(0, pretrain=local("plain.jsonl"), train=local("train.jsonl.gz"), test={"local": "test.jsonl"}, validation_rows=1,
                     test_rows=1).pretrain()
 
@@ -104,7 +104,7 @@ def test_dolly_columns_become_messages():
     assert text.to_messages(DOLLY[1]) == [{"role": "user", "content": "Say 1\n\nin French"},
                                           {"role": "assistant", "content": "answer 1"}]
     assert text.to_messages({"messages": messages(1), "response": "other"}) == messages(1)
-    with pytest.raises(ValueError, match="neither 'messages' nor"):
+    with pytest.raises(ValueError, match="no 'messages' and no"):
         text.to_messages({"id": 7, "prompt": "a"})
 
 
@@ -112,32 +112,32 @@ def test_corpus_keeps_held_out_prompts_out_of_training(folder):
     corpus = text.corpus(0, pretrain=local("plain.jsonl"), train=local("train.jsonl.gz", where={"source": "mine"},
                                                                        category_in_id=r"set-(\w+)-"),
                          test=local("test.jsonl", where={"source": "mine"}), validation_rows=10, test_rows=15)
-    prompts = {s: {m[0]["content"] for m in getattr(corpus, s)["messages"]} for s in ("train", "validation", "test")}
+    prompts = {s: {m[0]["content"] for m in corpus.sets[s]["messages"]} for s in ("train", "validation", "test")}
     assert {s: len(p) for s, p in prompts.items()} == {"train": 60, "validation": 10, "test": 15}
     assert not prompts["train"] & prompts["validation"]
     held = {f"Ask {i}" for i in range(70, 90)}
     assert not (prompts["train"] | prompts["validation"]) & held and prompts["test"] <= held
     assert corpus.report == {"rows_read": 81, "duplicate_prompts_dropped": 1, "held_out_prompts_dropped": 10}
     assert corpus.pretrain() == ["It was a night.", "It was a day."]
-    assert set(corpus.train["skill"]) == {"open_qa"} and corpus.vocabulary is None
+    assert set(corpus.sets["train"]["skill"]) == {"open_qa"} and corpus.vocabulary is None
 
 
 def test_corpus_from_a_hub_id_holds_out_one_prompt_in_twenty(hub):
     source = {"hub": hub, "local": "x.jsonl", "where": {"source": "dolly_15k"}}
     corpus = text.corpus(0, pretrain={"hub": hub, "local": "x"}, train=source, test={"local": "y.jsonl"}, validation_rows=20,
                          test_rows=500)
-    assert 1 <= len(corpus.test) <= 25 and len(corpus.train) + len(corpus.test) + 20 == 200
-    assert set(corpus.train["skill"]) == {"open_qa"}
+    assert 1 <= len(corpus.sets["test"]) <= 25 and len(corpus.sets["train"]) + len(corpus.sets["test"]) + 20 == 200
+    assert set(corpus.sets["train"]["skill"]) == {"open_qa"}
     again = text.corpus(0, pretrain={"hub": hub, "local": "x"}, train=source, test={"local": "y.jsonl"}, validation_rows=20,
                         test_rows=500)
-    assert again.train.to_list() == corpus.train.to_list() and again.test.to_list() == corpus.test.to_list()
+    assert again.sets["train"].to_list() == corpus.sets["train"].to_list() and again.sets["test"].to_list() == corpus.sets["test"].to_list()
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "messages must be a list of objects"),
-    ({"messages": "a"}, "messages must be a list"), ({"messages": ["a"]}, "messages must be a list"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "at least one of them an assistant's"),
-    ({"response": "a"}, "neither 'messages' nor 'instruction' and 'response'")])
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "messages must be objects"),
+    ({"messages": "a"}, "messages must be objects"), ({"messages": ["a"]}, "messages must be objects"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "one of them an assistant's"),
+    ({"response": "a"}, "no 'messages' and no 'instruction' with 'response'")])
 def test_a_row_without_a_conversation_is_named_with_its_file(folder, row, message):
     write(folder / "odd.jsonl", [{"id": "fine", "messages": messages(1)}, {"id": "x", **row}])
     with pytest.raises(ValueError, match=rf"odd\.jsonl: Row 'x'.*{message}"):
@@ -163,4 +163,4 @@ def test_rows_that_share_a_system_prompt_are_not_duplicates(folder):
     write(folder / "system.jsonl", [*rows, rows[0], turn])
     corpus = text.corpus(0, pretrain=local("plain.jsonl"), train=local("system.jsonl"), test=local("test.jsonl"),
                          validation_rows=1, test_rows=1)
-    assert corpus.report["duplicate_prompts_dropped"] == 1 and len(corpus.train) == 6
+    assert corpus.report["duplicate_prompts_dropped"] == 1 and len(corpus.sets["train"]) == 6

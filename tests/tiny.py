@@ -2,8 +2,10 @@
 
 import sys
 
-from kdlib import store, study
-from kdlib.presets import METHODS, PRESETS, Preset
+import nbformat
+
+from kdlib import presets, results, store, study
+from kdlib.presets import PRESETS, Preset
 
 SMOKE = PRESETS["smoke"]
 
@@ -14,17 +16,40 @@ def changed(preset: Preset, **settings) -> Preset:
 
 
 TINY = changed(
-    SMOKE, name="tiny", source={"kind": "lab", "pretrain_lines": 2000, "pool_rows": 200, "test_rows": 40, "unseen_rows": 20},
-    train_rows=200, student={**SMOKE.student, "steps": 40},
-    teachers={"base": {**SMOKE.teachers["base"], "steps": 40, "tuning": {"steps": 20, "learning_rate": 2e-3, "batch_size": 16}}},
+    SMOKE, name="tiny", source={"kind": "lab", "pretrain_lines": 2000, "pool_rows": 200, "test_rows": 40, "unseen_rows": 20, "annotated_rows": 30, "unlabelled_rows": 40,
+                         "domain_rows": 15},
+    train_rows=200, bases={name: {**base, "steps": 40} for name, base in SMOKE.bases.items()},
+    teachers={name: {**t, "tuning": {"steps": 20, "learning_rate": 2e-3, "batch_size": 16}} for name, t in SMOKE.teachers.items()},
     steps=12, batch_size=8, budgets=(20, 200), seeds=(0, 1), max_new_tokens=6,
-    sweep={"world_seed": 900, "seeds": [100], "budgets": [20], "learning_rates": [1e-3, 2e-3]})
+    sweep={"worlds": [900], "seeds": [100], "budgets": [20], "learning_rates": [1e-3, 2e-3]})
 
 
-def plan(root, train_missing: bool = True, workers: int = 2) -> study.Plan:
+def plan(root, train_missing: bool = True, workers: int = 2, experiment: str = "data_budget") -> study.Plan:
     """The tiny study in ``root``."""
-    configs = study.grid(TINY, METHODS, TINY.budgets, TINY.seeds, 0)
-    return study.Plan(TINY, "data_budget", tuple(configs), store.open_folder(root), True, train_missing, workers)
+    runs = study.grid(TINY, experiment, 0)
+    return study.Plan(TINY, tuple(runs), store.open_folder(root), True, train_missing, workers)
+
+
+def sweep(preset: Preset, root) -> study.Plan:
+    """The runs of the notebook on learning rates, as its own cell plans them."""
+    notebook = nbformat.read(results.REPOSITORY / "notebooks" / "07_learning_rates.ipynb", 4)
+    cell, = (c for c in notebook.cells if c.id == "07-05")
+    reported = study.Plan(preset, tuple(study.grid(preset, "data_budget", 0)), store.open_folder(root), True, False, 0)
+    names = {"reported": reported, "s": preset.sweep, "d": preset.domain, "train_missing": False, "workers": 0, "study": study, "presets": presets, "results": results}
+    exec(cell.source, names)
+    return names["plan"]
+
+
+def pretend(root, preset: Preset, world: int, accuracy, teachers: dict[str, float]) -> None:
+    """Records of all the preset's experiments in one world that nobody trained: ``accuracy(labels)``, and the ``teachers``' own."""
+    for experiment in ("data_budget", "teacher_strength", "two_stage_domain"):
+        for labels, config in study.grid(preset, experiment, world):
+            metrics = {"accuracy": accuracy(labels), "nll": 1.0, "ece": 0.05, "general_accuracy": 0.1, "label_accuracy": 0.5, "untuned_accuracy": 0.0}
+            if labels["teacher"]:
+                own = {"accuracy": teachers[labels["teacher"]], "accuracy_unseen": 0.5, "nll": 0.9, "entropy": 0.7, "ece": 0.03}
+                metrics |= {f"teacher_{k}": v for k, v in own.items()}
+            results.write_record(root, {"run_id": results.run_id(config), **labels, "metrics": metrics, "items": {}, "config": config,
+                                        "provenance": {"artefacts": {}}})
 
 
 if __name__ == "__main__":

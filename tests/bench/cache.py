@@ -15,13 +15,12 @@ import torch
 
 from kdlib import data, inference, models, stages, store, study, teachers
 from kdlib.losses import Hidden, Objective, distillation_loss
-from kdlib.presets import METHODS, PRESETS
+from kdlib.presets import PRESETS
 
 FORMS = {
     "full float32": {"form": "full", "dtype": "float32"}, "full float16": {"form": "full"},
     "hidden float32": {"form": "hidden", "dtype": "float32"}, "hidden float16": {"form": "hidden"},
-    "top 16, bucket": {"form": "top_k", "k": 16}, "top 16, renormalised": {"form": "top_k", "k": 16, "tail": "renormalise"},
-    "sampled 16": {"form": "sampled", "k": 16}}
+    "top 16, bucket": {"form": "top_k", "k": 16}, "sampled 16": {"form": "sampled", "k": 16}}
 
 
 def batches_of(rows, size=32):
@@ -43,12 +42,9 @@ def gradient(student, source, batches):
 
 def main(name: str, folder: str) -> dict:
     torch.set_num_threads(2)
-    config = study.grid(PRESETS["smoke"], METHODS, [100], [0], 0)[1]
-    root = store.open_folder(folder)
-    base, tuned = stages.model_specs(config)
-    rows = stages.read_data(root, config["data"]).train
-    student, tokenizer = models.load(stages.make(root, "base", base), models.device())
-    teacher, _ = models.load(stages.make(root, "teacher", tuned), models.device())
+    root, (base, tuned) = store.open_folder(folder), (study.model_spec(PRESETS["smoke"], n, 0) for n in ("student", "base"))
+    rows, *_ = stages.read_rows(root, {"set": "train"}, stages.data_of(base))
+    (student, tokenizer), (teacher, _) = (models.load(stages.make(root, spec)) for spec in (base, tuned))
     with tempfile.TemporaryDirectory() as place:
         began = time.perf_counter()
         made = teachers.write_cache(place + "/cache", teacher, tokenizer, rows, **FORMS[name])

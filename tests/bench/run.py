@@ -1,4 +1,5 @@
-"""Benchmarks of the engine: ``python tests/bench/run.py [ROUNDS [NAME …]]`` writes records under ``results/bench``, by device.
+"""Benchmarks of the engine: ``python tests/bench/run.py [ROUNDS [NAME …]]`` writes records under ``results/bench``, by device. A NAME
+is a benchmark's, or an engine's, to time steps of those alone.
 
 What is compared runs in processes of its own, in rounds that alternate, so that a busy machine hurts all alike; ratios are taken
 within a round. Needs ``trl`` for the comparison with its GKD trainer and goes on without.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +28,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} cpu"
 MODELS = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
 ENGINES = [*(("trl", "trl tokenized") if importlib.util.find_spec("trl") else ()), "live", "hidden", "top64", "sft"]
+SIZES = ("large",) if CUDA else ("lab", "mid")
 CHUNKS = ("chunked 16", "chunked 64", "chunked 256")
 LOSSES = [(8192, 128256, 1.0), (8192, 128256, 0.25), (4096, 128256, 0.25), (8192, 32000, 0.25)] if CUDA else [
     (1024, 32000, 1.0), (1024, 32000, 0.25), (2048, 32000, 0.25), (2048, 8000, 0.25)]
@@ -73,18 +76,18 @@ def matmul_rate() -> float:
     return 2 * n**3 / statistics.median(times[2:])
 
 
-def steps(rounds: int) -> dict:
+def steps(rounds: int, engines: list[str]) -> dict:
     """Step time and memory of every engine at every size, against TRL and against SFT, and the share of the matmul rate."""
     out = {}
-    for size in ("lab", "mid", "large") if CUDA else ("lab", "mid"):
-        rate, found = matmul_rate(), alternating("step.py", ENGINES, rounds, size)
+    for size in SIZES:
+        rate, found = matmul_rate(), alternating("step.py", engines, rounds, size)
         for engine, runs in found.items():
             flop = process("step.py", engine, size, "count")["flop"]
             row = {k: spread(r[k] for r in runs) for k in ("step_s", "memory_mib", "loss")}
             row |= {"flop_per_step": flop, "share_of_matmul_rate": spread(flop / r["step_s"] / rate for r in runs)}
             if "trl" in found and engine != "trl":
                 row |= {"faster_than_trl": ratio(found["trl"], runs, "step_s"), "memory_of_trl": ratio(runs, found["trl"], "memory_mib")}
-            if engine in ("live", "hidden", "top64"):
+            if "sft" in found and engine in ("live", "hidden", "top64"):
                 row["step_of_sft"] = ratio(runs, found["sft"], "step_s")
             out[f"{size}, {engine}"] = row
         out[f"{size}, matmul flop per s"] = rate
@@ -94,7 +97,7 @@ def steps(rounds: int) -> dict:
 def batching(rounds: int) -> dict:
     """Mean time of a step with a live teacher by how batches are formed, against rows padded to the longest of their batch."""
     out = {}
-    for size in ("lab", "mid"):
+    for size in SIZES:
         found = alternating("step.py", ("live padded", "live packed", "live grouped", "live grouped packed"), rounds, size)
         for way, runs in found.items():
             out[f"{size}, {way.removeprefix('live ')}"] = {
@@ -125,17 +128,23 @@ def caches(rounds: int) -> dict:
             for form, runs in found.items()}
 
 
-def main(rounds: int = 5, *chosen: str) -> None:
-    """Run everything, or what is ``chosen`` by name; each benchmark writes its record as it ends."""
+def record_of(name: str, about: str, bench, threads: int = 2) -> None:
+    """Write the record of a benchmark, whose name and docstring these are, as it ends."""
     packages = {p: version(p).split("+")[0] for p in ("torch", "transformers", *(["trl"] if "trl" in ENGINES else []))}
-    for name, bench in (("steps", steps), ("batching", batching), ("loss", losses), ("cache", caches)):
-        if chosen and name not in chosen:
-            continue
-        record = {"benchmark": name, "about": bench.__doc__, "device": DEVICE, "processor": (MODELS or [platform.processor()])[0], "threads": 2, "packages": packages,
-                  "environment": results.environment(), "found": bench(rounds)}
-        path = results.REPOSITORY / "results" / "bench" / f"{DEVICE.replace(' ', '-').lower()}-{name}.json"
-        store.write_atomic(path, json.dumps(record, indent=1) + "\n")
-        print(f"written: {path.relative_to(results.REPOSITORY)}")
+    record = {"benchmark": name, "about": about, "device": DEVICE, "processor": (MODELS or [platform.processor()])[0], "threads": threads, "packages": packages,
+              "environment": results.environment(), "found": bench()}
+    path = results.REPOSITORY / "results" / "bench" / f"{DEVICE.replace(' ', '-').lower()}-{name}.json"
+    store.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    print(f"written: {path.relative_to(results.REPOSITORY)}")
+
+
+def main(rounds: int = 5, *chosen: str) -> None:
+    """Run everything, or what is ``chosen`` by name."""
+    engines = [name for name in ENGINES if name in chosen]
+    wanted = {*chosen} - {*engines} | {*(["steps"] if engines else [])}
+    for name, bench in (("steps", partial(steps, engines=engines or ENGINES)), ("batching", batching), ("loss", losses), ("cache", caches)):
+        if not wanted or name in wanted:
+            record_of(name, getattr(bench, "func", bench).__doc__, partial(bench, rounds))
 
 
 if __name__ == "__main__":

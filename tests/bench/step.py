@@ -138,8 +138,10 @@ def main(engine: str, name: str, count: str = "") -> dict:
             elif engine == "live":
                 source = teachers.Live(teacher, tokenizer)
             if "grouped" in forming:
-                lengths = [len(r["input_ids"]) for r in rows]
-                rows = [rows[i] for i in data.stream(list(range(len(rows))), steps, size["rows"], 0, lengths, window=steps)]
+                alike = sorted(rows, key=lambda r: len(r["input_ids"]))
+                batches = [alike[i:i + size["rows"]] for i in range(0, len(alike), size["rows"])]
+                random.Random(0).shuffle(batches)
+                rows = [row for batch in batches for row in batch]
             made = trainer.DistillationTrainer(
                 model=student, args=trainer.TrainingArguments(**common, remove_unused_columns=False), train_dataset=rows,
                 data_collator=data.Collator(tokenizer.pad_token_id, pack=not forming or "packed" in forming), teacher=source,

@@ -1,0 +1,59 @@
+"""What a whole study takes: ``python tests/bench/study.py PRESET`` runs ``make study`` from nothing, notebook by notebook, in one world,
+and notes the seconds and the most memory that all its processes hold together; ``reading`` runs every notebook on the committed results.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+
+import psutil
+from run import record_of
+
+from kdlib import results
+from kdlib.presets import PRESETS
+
+ROOT = results.REPOSITORY
+
+
+def watched(command: list[str]) -> dict:
+    """Seconds of ``command``, and the peak in MiB of the memory of it and of all that it starts, shared pages counted once."""
+    began, most = time.perf_counter(), 0
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            held = 0
+            for member in [top := psutil.Process(process.pid), *top.children(recursive=True)]:
+                try:
+                    held += member.memory_full_info().pss
+                except psutil.Error:  # it has just ended
+                    pass
+            most = max(most, held)
+            time.sleep(0.5)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}.")
+    return {"seconds": time.perf_counter() - began, "peak_mib": most / 2**20}
+
+
+def study(preset: str) -> dict:
+    """Seconds and memory of every experiment of a preset, each on what those before it left, and of all together."""
+    notebooks = sorted((ROOT / "notebooks").glob("0[2-4]_*.ipynb"))
+    with tempfile.TemporaryDirectory() as out:
+        able = subprocess.run([sys.executable, ".ci/experiments.py", preset, "0", out, *(f"notebooks/{n.name}" for n in notebooks)],
+                              cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        found = {n: watched(["make", "study", f"PRESET={preset}", f"OUT={out}", f"EXPERIMENTS={n}"]) for n in able}
+    return found | {"whole": {"seconds": sum(r["seconds"] for r in found.values()), "peak_mib": max(r["peak_mib"] for r in found.values())}}
+
+
+def reading() -> dict:
+    """Seconds and memory of "Run All" of every notebook on the committed results."""
+    with tempfile.TemporaryDirectory() as out:
+        return {f"notebooks/{n.name}": watched([sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", out, str(n)])
+                for n in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+
+
+if __name__ == "__main__":
+    what = sys.argv[1] if len(sys.argv) == 2 else ""
+    if what not in (*PRESETS, "reading"):
+        sys.exit(f"What to time is {what!r}; allowed: {', '.join(PRESETS)}, reading.")
+    record_of(f"study_{what}" if what in PRESETS else what, study.__doc__ if what in PRESETS else reading.__doc__,
+              lambda: study(what) if what in PRESETS else reading(), threads=1)
