@@ -31,7 +31,7 @@ def watched(command: list[str]) -> dict:
                 except psutil.Error:  # it has just ended
                     pass
             most = max(most, held)
-            time.sleep(0.5)
+            time.sleep(3)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}.")
     return {"seconds": time.perf_counter() - began, "peak_mib": most / 2**20}
