@@ -33,7 +33,7 @@ smoke:
 
 test: $(READY)
 	$(BIN)/python -m pip install -q -e '.[cluster,lora]'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
