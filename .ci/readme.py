@@ -109,12 +109,12 @@ def found(root: Path) -> str:
     for (word, _), g in rule.assign(run=(rule.distill != rule.distill.shift()).cumsum()).groupby(["distill", "run"], sort=False):
         where = ", ".join(f"{r[0]:,} ({r[1]:.2f} to {r[2]:.2f})" for r in g[["budget", "least advantage", "most advantage"]].itertuples(index=False))
         at = "" if g.advantage.isna().all() else f" {' / '.join(f'{a:.2f}' for a in g.advantage)} (of the fits to resampled worlds and seeds " \
-            f"{g['share above δ at the least'].min():.0%} say so at the least of those advantages, {g['share above δ at the most'].max():.0%} at the most)"
+            f"{g['share above δ at the least'].min():.0%} say "distill" at the least of those advantages, {g['share above δ at the most'].max():.0%} at the most)"
         lines.append(f"the rule, by examples (and measured advantage of the teacher over the SFT student): with {where} distill {word}{at}")
-    one, *_ = (((g.right * g.cells).sum(), g.cells.sum(), ((g.error**2 * g.cells).sum() / g.cells.sum())**0.5)
-               for n, g in checked.groupby("rule") if n == "budget and advantage")
+    left = checked[checked.rule == "budget and advantage"]
+    error = ((left.error**2 * left.cells).sum() / left.cells.sum())**0.5
     lines.append(f"that rule is right in {(rule.right * rule.cells).sum():.0f} of the {rule.cells.sum()} cells it was fitted to; fitted without a world, in "
-                 f"{one[0]:.0f} of {one[1]} cells of that world, with a root mean squared error of {one[2]:.3f}")
+                 f"{(left.right * left.cells).sum():.0f} of {left.cells.sum()} cells of the worlds left out, with a root mean squared error of {error:.3f}")
     if (cells.gap > delta).nunique() == 1:
         lines.append("every measured gap lies on the same side of δ: no cell argues for another answer, and no threshold is established")
     return "\n".join(f"* {line[0].upper()}{line[1:]}." for line in lines)

@@ -182,7 +182,7 @@ def test_the_readmes_sentences_hold_in_every_world():
             ("the strong teacher itself is right more often in each", (right.strong > right.base).all()),
             ("A teacher no larger than the student does best of the three in most cells.",
              (gaps.stack("world_seed").idxmax(axis=1) == "weak").mean() > 0.5),
-            ("Longer SFT alone, which is how the weak teacher was made, comes as far as KD from the strong teacher or farther.",
+            ("Longer SFT on all rows, which is how the weak teacher was made, comes as far as KD from the strong teacher or farther.",
              (right.weak > strongest - PRESETS["lab"].scored.delta).all()),
             ("two stages beat human annotations alone on average", (ours > means[["human_sft", "human_kd"]].max(axis=1)).all()),
             ("but neither the better of the two recipes on the teacher's labels alone nor the mixture",
@@ -191,7 +191,7 @@ def test_the_readmes_sentences_hold_in_every_world():
              "domain of every world, by little in most", (means.idxmax(axis=1) == "sft_then_kd").all() and (reverse.ci_low > 0).mean() < 0.5),
             ("On text that people wrote C1a and C1b both hold, by exploratory seeds.",
              [c["verdict"] for c in results.read_claims(RESULTS / "realtext")] == ["exploratory: supported"] * 2),
-            ("at the fewest annotations the first of two stages got one that does worse in the reported worlds than synthetic KD's own",
+            ("At the fewest annotations both recipes that begin with synthetic KD end below synthetic KD alone, in every domain of every reported world",
              all((fewest[a] < fewest.synthetic_kd).all() for a in ("kd_then_sft", "kd_then_kd")))):
         assert sentence in text and holds, sentence
 
@@ -261,7 +261,8 @@ def test_a_benchmark_says_where_and_how_often_it_measured(path):
     record, words = json.loads(path.read_text()), set(re.findall(r"`([^`\n]+)`", (RESULTS / "README.md").read_text(encoding="utf-8")))
     usual = record["device"].endswith("cpu")  # a GPU that was there for a while had the PyTorch and the rounds that it had
     assert record["environment"]["code_dirty"] is False and (record["packages"]["torch"] == "2.13.0" or not usual)
-    assert record["benchmark"] == path.stem.rpartition("-")[2] and len(record["found"]) >= 4
+    few = not usual or record["benchmark"].startswith("study_")  # three experiments and their sum
+    assert record["benchmark"] == path.stem.rpartition("-")[2] and len(record["found"]) > (3 if few else 4)
     for row in record["found"].values():
         for name, value in (row if isinstance(row, dict) else {}).items():
             assert name in words, name
