@@ -109,7 +109,7 @@ def found(root: Path) -> str:
     for (word, _), g in rule.assign(run=(rule.distill != rule.distill.shift()).cumsum()).groupby(["distill", "run"], sort=False):
         where = ", ".join(f"{r[0]:,} ({r[1]:.2f} to {r[2]:.2f})" for r in g[["budget", "least advantage", "most advantage"]].itertuples(index=False))
         at = "" if g.advantage.isna().all() else f" {' / '.join(f'{a:.2f}' for a in g.advantage)} (of the fits to resampled worlds and seeds " \
-            f"{g['share above δ at the least'].min():.0%} say "distill" at the least of those advantages, {g['share above δ at the most'].max():.0%} at the most)"
+            f"{g['share above δ at the least'].min():.0%} say 'distill' at the least of those advantages, {g['share above δ at the most'].max():.0%} at the most)"
         lines.append(f"the rule, by examples (and measured advantage of the teacher over the SFT student): with {where} distill {word}{at}")
     left = checked[checked.rule == "budget and advantage"]
     error = ((left.error**2 * left.cells).sum() / left.cells.sum())**0.5
