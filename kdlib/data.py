@@ -1,13 +1,14 @@
 """Chat data, a ``datasets.Dataset`` with ``messages``: render with a loss mask, subset by budget, batch."""
 
 import hashlib
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 IGNORE = -100
 
@@ -24,6 +25,8 @@ class Corpus:
 
 def encode(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     """``(input_ids, labels)``; labels are -100 outside the assistant's turns. Raises ValueError if nothing would be learned."""
+    if tokenizer.chat_template is None:
+        raise ValueError("The tokenizer has no chat template; allowed: a template of kdlib's (tulu, chatml), or a tokenizer with one.")
     out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     if not any(out["assistant_masks"]):
         raise ValueError("The chat template marks no assistant tokens: it needs {% generation %} around what an assistant turn says.")
@@ -49,26 +52,50 @@ def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[
     return ids[:cut] + ids[cut + excess:], labels[:cut] + labels[cut + excess:]
 
 
-def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False) -> tuple[Dataset, dict]:
-    """Add ``input_ids`` and ``labels``, prompts shortened to fit; also counts. An answer too long is a ValueError, or with ``drop`` left out."""
-    rows, report = [], dict.fromkeys(("prompts_shortened", "prompt_tokens_cut", "answer_tokens_cut", "rows_dropped",
-                                      "response_tokens"), 0) | {"rows": len(dataset)}
-    for i, messages in enumerate(dataset["messages"]):
-        full, labels = encode(messages, tokenizer)
-        if (fitted := shorten_prompt(full, labels, max_length)) is None:
-            if not drop:
-                raise ValueError(f"max_length={max_length} would cut the answer of row {i}, which has {len(full)} tokens, "
-                                 f"{sum(t != IGNORE for t in labels)} of them answer; allowed: more, or drop=True to leave it out.")
-            report["rows_dropped"] += 1
-            continue
-        response = sum(t != IGNORE for t in fitted[1])
-        report["prompts_shortened"] += len(fitted[0]) < len(full)
-        report["prompt_tokens_cut"] += len(full) - len(fitted[0])
-        report["answer_tokens_cut"] += sum(t != IGNORE for t in labels) - response
-        report["response_tokens"] += response
-        rows.append((i, *fitted))
-    kept = dataset.select([i for i, _, _ in rows])
-    return kept.add_column("input_ids", [ids for _, ids, _ in rows]).add_column("labels", [ls for _, _, ls in rows]), report
+def processes(rows: int) -> int | None:
+    """How many processes are worth starting for so many rows; None for none beside this one."""
+    return min(os.cpu_count(), rows // 20_000) if rows > 40_000 else None
+
+
+def _fit(messages: list[dict], i: int, tokenizer, max_length: int, drop: bool) -> dict:
+    full, labels = encode(messages, tokenizer)
+    if (fitted := shorten_prompt(full, labels, max_length)) is None and not drop:
+        raise ValueError(f"max_length={max_length} would cut the answer of row {i}, which has {len(full)} tokens, "
+                         f"{sum(t != IGNORE for t in labels)} of them answer; allowed: more, or drop=True to leave it out.")
+    ids, kept = fitted or ([], [])
+    return {"input_ids": ids, "labels": kept, "cut": len(full) - len(ids), "said": sum(t != IGNORE for t in kept),
+            "lost": sum(t != IGNORE for t in labels) - sum(t != IGNORE for t in kept)}
+
+
+def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False, num_proc: int | None = None) -> tuple[Dataset, dict]:
+    """Add ``input_ids`` and ``labels``, prompts shortened to fit; also counts. An answer too long is a ValueError, or with ``drop`` left out.
+    Many rows are worked on by ``num_proc`` processes, by default one a core, and lie in files, not in memory.
+    """
+    how = {"tokenizer": tokenizer, "max_length": max_length, "drop": drop}
+    if num_proc := num_proc or processes(len(dataset)):
+        done = dataset.select_columns("messages").map(_fit, with_indices=True, input_columns="messages", fn_kwargs=how, num_proc=num_proc,
+                                                      remove_columns="messages", load_from_cache_file=False)
+    else:
+        done = [_fit(messages, i, **how) for i, messages in enumerate(dataset["messages"])]
+        done = {k: [row[k] for row in done] for k in ("input_ids", "labels", "cut", "said", "lost")}
+    cut, said, lost = (np.array(done[k], dtype=int) for k in ("cut", "said", "lost"))
+    kept = np.flatnonzero(said > 0).tolist()
+    report = {"prompts_shortened": int((cut[kept] > 0).sum()), "prompt_tokens_cut": int(cut[kept].sum()), "answer_tokens_cut":
+              int(lost[kept].sum()), "rows_dropped": len(dataset) - len(kept), "response_tokens": int(said.sum()), "rows": len(dataset)}
+    rows = dataset.select(kept)
+    if num_proc:
+        return concatenate_datasets([rows, done.select(kept).select_columns(["input_ids", "labels"])], axis=1), report
+    for name in ("input_ids", "labels"):
+        rows = rows.add_column(name, [done[name][i] for i in kept])
+    return rows, report
+
+
+def lengths(rendered: Dataset) -> dict:
+    """Tokens of a rendered row, as quantiles, and the share of all tokens that are in the loss."""
+    sizes, said = (np.array([n(row) for row in rendered[name]]) for name, n in (("input_ids", len), ("labels", lambda ls: sum(t != IGNORE for t in ls))))
+    middle, high = np.percentile(sizes, [50, 95]) if len(sizes) else (0, 0)
+    return {"tokens": int(sizes.sum()), "tokens_median": int(middle), "tokens_p95": int(high), "tokens_most": int(sizes.max(initial=0)),
+            "response_share": round(float(said.sum() / max(1, sizes.sum())), 4)}
 
 
 def pack(texts: list[str], tokenizer, block: int, max_tokens: int | None = None) -> Dataset:
@@ -105,6 +132,25 @@ def stream(pools: list[list[int]], steps: int, batch_size: int, seed: int) -> li
 def example_key(identifier: str) -> int:
     """A 63-bit key of an example's id, so that a batch can name its examples in a tensor."""
     return int.from_bytes(hashlib.blake2b(str(identifier).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Rows(Sequence):
+    """Rendered rows of several ``sets`` (name, rows, numbers of those that count) under ids of their own, read when asked for, in ``order``."""
+
+    def __init__(self, sets: list[tuple[str, Sequence, Sequence[int]]], order: Sequence[int] | None = None):
+        self.sets, self.order = sets, range(sum(len(kept) for *_, kept in sets)) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        number = self.order[place]
+        for name, rows, kept in self.sets:
+            if number < len(kept):
+                return {"id": f"{name}/{kept[number]}", **rows[kept[number]]}
+            number -= len(kept)
 
 
 @dataclass

@@ -18,10 +18,12 @@ def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int]:
-    """1 for every row whose greedy reply verifies, else 0."""
-    said = replies(model, tokenizer, [m[:-1] for m in rows["messages"]], max_new_tokens)
-    return [int(verify(row, reply)) for row, reply in zip(rows.remove_columns(["messages", "input_ids", "labels"]), said)]
+def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int | None]:
+    """1 for every row whose greedy reply verifies, else 0; None where a row has no answer to check."""
+    asked = [i for i, answer in enumerate(rows["answer"]) if answer is not None]
+    said = dict(zip(asked, replies(model, tokenizer, [m[:-1] for m in rows.select(asked)["messages"]], max_new_tokens)))
+    known = rows.remove_columns(["messages", "input_ids", "labels"])
+    return [int(verify(row, said[i])) if i in said else None for i, row in enumerate(known)]
 
 
 @torch.inference_mode()
@@ -66,7 +68,7 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
     if verify:
         items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
-        means = pd.Series(items["correct"], dtype=float).groupby([items["suite"], items["skill"]]).mean()
+        means = pd.Series(items["correct"], dtype=float).groupby([items["suite"], items["skill"]]).mean().dropna()
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
             if parts := means.get(suite, pd.Series()).to_dict():
                 metrics |= {name: sum(parts.values()) / len(parts), f"{name}_by_skill": parts}

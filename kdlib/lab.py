@@ -199,6 +199,11 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(words))
 
 
+def verifier(world_seed: int):
+    """``verify(row, reply)`` of one world."""
+    return World(world_seed).verify
+
+
 def corpus(world_seed: int, *, pretrain_lines: int, pool_rows: int, test_rows: int, unseen_rows: int, annotated_rows: int,
            unlabelled_rows: int, domain_rows: int) -> Corpus:
     """The lab world as a :class:`~kdlib.data.Corpus`. Beside train, validation and test, every domain has ``train`` (``annotated_rows``),

@@ -1,17 +1,19 @@
 """From-scratch Llamas by name, their tokenizers (with a chat template that marks the assistant's tokens), and loading."""
 
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdlib.presets import check
 
 TEXT = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 LADDER, SPECIAL, ROLES, CHAT_TEMPLATE = (TEXT[k] for k in ("ladder", "special", "roles", "chat_template"))
+REMEDIES = [(tuple(r["marks"]), r["say"]) for r in TEXT["remedies"]]
 
 
 def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -40,11 +42,20 @@ def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> Llama
     return LlamaForCausalLM(config)
 
 
+def tokens_of(tokenizer) -> dict[str, int]:
+    """A tokenizer's tokens and their ids, but for a padding token that was added behind all others."""
+    tokens, pad = tokenizer.get_vocab(), getattr(tokenizer, "pad_token", None)
+    last = pad in tokens and tokens[pad] == max(tokens.values()) and pad != tokenizer.eos_token
+    return {t: i for t, i in tokens.items() if not (last and t == pad)}
+
+
 def common_vocabulary(student, teacher, student_width: int, teacher_width: int) -> int:
-    """The number of tokens that two tokenizers share, id by id; heads may be padded beyond. ValueError, naming tokens, if unlike."""
+    """The number of tokens that two tokenizers share, id by id, padding behind them aside, of heads as of tokenizers. ValueError, naming the
+    first tokens, if they are unlike.
+    """
     if student is None or teacher is None:
         raise ValueError("Distillation needs the tokenizers of student (processing_class) and teacher, to compare their tokens.")
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    ours, theirs = tokens_of(student), tokens_of(teacher)
     ids = theirs | ours
     if odd := sorted((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: (ids[t], t)):
         some = ", ".join(f"{t!r} ({ours.get(t)} and {theirs.get(t)})" for t in odd[:3])
@@ -54,8 +65,53 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
     return size
 
 
-def load(path: str | Path):
-    """``(model, tokenizer)`` from a folder that ``save_pretrained`` of both wrote, on the accelerator if there is one; safetensors only."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).to(device).eval(), tokenizer
+def device() -> torch.device | str:
+    """The accelerator if there is one, else the processor."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+
+
+def _local(name: str | Path) -> str:
+    """The folder of a model: itself, or its copy under KDLIB_MODELS; else its hub id."""
+    mirror = Path(os.environ.get("KDLIB_MODELS") or "/dev/null") / name
+    return str(mirror if mirror.is_dir() else name)
+
+
+def _reach(make, name: str | Path, revision: str | None, trust: tuple, **how):
+    """``make.from_pretrained``; what goes wrong as one sentence with the remedy. Names in ``trust`` may run code and unpickle weights."""
+    try:
+        return make.from_pretrained(_local(name), revision=revision or "main", trust_remote_code=str(name) in trust, **how)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip()
+        remedy = next((say for marks, say in REMEDIES if any(m in why for m in marks)), REMEDIES[-1][1]).format(name=name)
+        raise ValueError(f"{name!r}{f' at {revision!r}' if revision else ''} cannot be loaded ({type(error).__name__}): {remedy}") from error
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None, template: str | None = None, trust: tuple = ()):
+    """The tokenizer of a folder or hub id, which pads left. ``template`` names one of kdlib's chat templates, whose turns end as it says, in
+    place of the tokenizer's own. ValueError if it cannot be had, or lacks the token that ends a turn.
+    """
+    tokenizer = _reach(AutoTokenizer, name, revision, trust, padding_side="left")
+    if template is not None:
+        chosen = TEXT["templates"][check("template", template, str, ", ".join(TEXT["templates"]), TEXT["templates"].__contains__)]
+        if (end := chosen.get("end", tokenizer.eos_token)) not in tokenizer.get_vocab():
+            raise ValueError(f"template={template!r} ends turns with {end!r}, which the tokenizer of {name!r} lacks; allowed: another template.")
+        tokenizer.chat_template, tokenizer.eos_token = chosen["text"], end
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks say what is padding, not the token
+    return tokenizer
+
+
+def width(name: str | Path, revision: str | None = None) -> int:
+    """The number of rows of a model's LM head, by its configuration."""
+    return _reach(AutoConfig, name, revision, ()).get_text_config().vocab_size
+
+
+def load(name: str | Path, revision: str | None = None, template: str | None = None, trust: tuple = (), device=device, **how):
+    """``(model, tokenizer)`` of a folder that ``save_pretrained`` of both wrote, of its copy under KDLIB_MODELS, or of a hub id, on the
+    accelerator if there is one; ``how`` as in ``from_pretrained``. Safetensors only, and no code of the model's own, but for names in
+    ``trust``. ValueError, with the remedy, if it cannot be had.
+    """
+    tokenizer = load_tokenizer(name, revision, template, trust)
+    model = _reach(AutoModelForCausalLM, name, revision, trust, use_safetensors=None if str(name) in trust else True, **how)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return (model if "device_map" in how else model.to(device() if callable(device) else device)).eval(), tokenizer

@@ -1,5 +1,6 @@
 """The presets: one study at several sizes. A preset is data, in presets.toml; nothing else in kdlib knows its name."""
 
+import copy
 import tomllib
 from collections import namedtuple
 from pathlib import Path
@@ -14,6 +15,7 @@ TABLES = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text("u
 KINDS, METHODS = tuple(TABLES["kinds"]), TABLES["methods"]
 METRICS = {name: Metric(name, **metric) for name, metric in TABLES["metrics"].items()}
 RECIPES = {name: tuple(tuple(stage.split()) for stage in stages) for name, stages in TABLES["recipes"].items()}
+OPTIONAL = set(TABLES["optional"])
 ARMS = {name: tuple((*arm.split(), None)[:2] for arm in arms) for name, arms in TABLES["arms"].items()}
 
 
@@ -31,8 +33,13 @@ class Preset(SimpleNamespace):
 
     def lacks(self, experiment: str) -> list[str]:
         """The teachers that ``experiment`` needs and the preset has not, or its domains."""
-        needed = {teacher for _, teacher in ARMS[experiment]} - {None}
+        needed = {teacher for _, teacher in ARMS[experiment]} - {None} - OPTIONAL
         return sorted(needed - set(self.teachers)) if needed else [] if self.domain else ["domain"]
+
+    def model(self, name: str) -> str:
+        """What a base model or teacher is made of: a name of the ladder, or a hub id."""
+        made = self.bases.get(name) or self.teachers[name]
+        return made.get("model") or made.get("hub") or self.model(made["start"])
 
     @staticmethod
     def rate(choices: dict[int, float], budget: int) -> float:
@@ -41,9 +48,14 @@ class Preset(SimpleNamespace):
         return float(f"{np.exp(np.interp(np.log(budget), budgets, rates)):.3g}")
 
 
+def _over(table: dict, changes: dict) -> dict:
+    both = {k: _over(table[k], v) if isinstance(table.get(k), dict) and isinstance(v, dict) else v for k, v in changes.items()}
+    return {**table, **both}
+
+
 def _read(name: str, table: dict) -> Preset:
-    shared = {"max_tokens": None, **table.pop("pretrain")}
-    table["bases"] = {n: {**shared, **base} for n, base in table["bases"].items()}
+    shared = {"max_tokens": None, **table.pop("pretrain", {})}
+    table["bases"] = {n: base if "hub" in base else {**shared, **base} for n, base in table["bases"].items()}
     domain = table.setdefault("domain", {})
     choices = [*table["learning_rate"].values(), *([*domain["learning_rate"].values(), domain["tuning"]["learning_rate"]] if domain else ())]
     for rates in (r for given in choices for r in (given if isinstance(given, list) else [given])):
@@ -52,4 +64,10 @@ def _read(name: str, table: dict) -> Preset:
     return Preset(name=name, scored=METRICS[table["metric"]], **table)
 
 
-PRESETS = {name: _read(name, table) for name, table in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items()}
+_TABLES, _FILE = {}, tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+_DOMAINS = _FILE.pop("domains")
+for _name, _table in _FILE.items():
+    _TABLES[_name] = _over(_TABLES[_like], _table) if (_like := _table.pop("like", None)) else _table
+    for _domain, _own in _TABLES[_name]["source"].get("domains", {}).items():
+        _TABLES[_name]["source"]["domains"][_domain] = _over(_DOMAINS[_domain], _own)
+PRESETS = {name: _read(name, copy.deepcopy(table)) for name, table in _TABLES.items()}

@@ -5,15 +5,19 @@ What fixes an artefact is its specification, in JSON. A *model* is ``{"data", "p
 :class:`~kdlib.losses.Objective`, towards its ``teacher``, a model or None. A part is ``{"set": name}``, perhaps with ``budget`` (so many
 of the set's rows, a prefix of the order that ``seed`` draws) and ``said``: the model ``by`` whose own words, drawn at a ``temperature``,
 stand for the annotators' (with ``verified`` those alone that verify). A run's configuration is a model's, and what is evaluated.
+A model ``{"data", "hub", "revision"}`` is somebody else's; only its own scores are an artefact.
 """
 
 import json
 import math
+import os
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,10 +25,9 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from kdlib import data, evaluate, lab, models, results, store, teachers, text, trainer
+from kdlib import data, evaluate, harness, lab, labels, models, results, store, teachers, text, trainer
 from kdlib.losses import Objective
 from kdlib.presets import METRICS
 
@@ -32,9 +35,10 @@ disable_progress_bars()  # writing an artefact is a matter of milliseconds, and 
 logging.disable_progress_bar()
 
 SOURCES = {"lab": lab, "text": text}
+TRAINED = {"dtype": torch.float32}  # whatever the dtype of the file, since small steps vanish in bfloat16
 CACHE = {"form": "hidden", "dtype": "float32"}  # of targets: exact, so that runs differ from live ones by rounding
 COSTS = {"data": 0.0, "base": 30.0, "model": 8.0, "targets": 1.0, "answers": 8.0}  # of making one, where a run costs 2
-KINDS = {"source": "data", "pretrain": "base", "phases": "model", "cache": "targets", "by": "answers"}  # of artefacts, by a key
+KINDS = {"source": "data", "pretrain": "base", "hub": "base", "phases": "model", "cache": "targets", "by": "answers"}  # of artefacts, by a key
 
 
 def data_of(spec: dict) -> dict:
@@ -45,7 +49,7 @@ def data_of(spec: dict) -> dict:
 def targets_of(phase: dict) -> dict:
     """What fixes the cache of what a phase's teacher says of its rows, whatever the budget."""
     rows = [{k: v for k, v in part.items() if k not in ("budget", "seed")} for part in phase["rows"]]
-    return {"teacher": phase["teacher"], "rows": rows, "cache": CACHE}
+    return {"teacher": phase["teacher"], "rows": rows, "cache": phase.get("cache", CACHE)}
 
 
 def made_from(spec: dict) -> list[dict]:
@@ -53,6 +57,13 @@ def made_from(spec: dict) -> list[dict]:
     phases = spec.get("phases", [])
     said = [part["said"] for rows in (spec.get("rows", []), *(p["rows"] for p in phases)) for part in rows if "said" in part]
     return [spec[k] for k in ("data", "start", "by", "teacher") if k in spec] + said + [targets_of(p) for p in phases if p["teacher"]]
+
+
+def open_model(root: Path, spec: dict, **how):
+    """``(model, tokenizer)`` of a model's specification: the hub's, or an artefact, made if need be. ``how`` goes to :func:`kdlib.models.load`."""
+    if "hub" not in spec:
+        return models.load(make(root, spec), **how)
+    return models.load(spec["hub"], spec["revision"], template=spec["data"]["tokenizer"]["template"], **how)
 
 
 def path(root: Path, spec: dict) -> Path:
@@ -64,7 +75,7 @@ def make(root: Path, spec: dict) -> Path:
     """Make an artefact, and all that it is made from, unless it is there, and return its folder."""
     build = {"data": _build_data, "base": _build_model, "model": _build_model, "targets": _build_targets, "answers": _build_answers}
     kind, origin = path(root, spec).name.split("-")[0], _source(spec, "origin")() if "source" in spec else None
-    return store.artefact(root, kind, spec, partial(build[kind], root, spec), origin)
+    return store.artefact(root, kind, spec, partial(build[kind], root, spec), origin, resumes=kind in ("targets", "answers"))
 
 
 def _source(spec: dict, name: str) -> Callable:
@@ -73,93 +84,134 @@ def _source(spec: dict, name: str) -> Callable:
     return partial(getattr(SOURCES[spec["source"]["kind"]], name, lambda **_: None), **source)  # what is drawn has no origin
 
 
+def corpus_of(spec: dict) -> data.Corpus:
+    """The corpus of the data that ``spec`` fixes, as its source gives it."""
+    return _source(spec, "corpus")(spec["world_seed"])
+
+
+def tokenizer_of(spec: dict, corpus: data.Corpus):
+    """The tokenizer of the data that ``spec`` fixes: somebody's, or built from the corpus."""
+    if "tokenizer" in spec:
+        return models.load_tokenizer(**spec["tokenizer"])
+    return models.build_tokenizer(corpus.vocabulary, corpus.pretrain() if corpus.vocabulary is None else (), spec["vocab_size"])
+
+
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
-    corpus = _source(spec, "corpus")(spec["world_seed"])
-    texts = corpus.pretrain() if corpus.vocabulary is None else ()
-    tokenizer = models.build_tokenizer(corpus.vocabulary, texts, spec["vocab_size"])
+    corpus = corpus_of(spec)
+    tokenizer = tokenizer_of(spec, corpus)
     tokenizer.save_pretrained(folder / "tokenizer")
     report = {"loading": corpus.report}
     for name, rows in corpus.sets.items():
         rendered, report[name] = data.render(rows, tokenizer, spec["max_length"], drop=True)
         if name == "train":
-            if len(rendered) < spec["train_rows"]:
-                raise ValueError(f"train_rows={spec['train_rows']} is above the data; allowed: up to {len(rendered)} rows.")
-            report[name]["rows_not_used"] = len(rendered) - spec["train_rows"]
-            rendered = rendered.select(range(spec["train_rows"]))
+            report[name]["rows_not_used"] = max(0, len(rendered) - spec["train_rows"])
+            rendered = rendered.select(range(min(len(rendered), spec["train_rows"])))
         elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
             clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"], drop=True)
             clean.save_to_disk(folder / "clean" / name)
-        report[name]["distinct_prompts"] = len({json.dumps(m[:-1]) for m in rendered["messages"]})
+        report[name]["distinct_prompts"] = len({hash(json.dumps(m[:-1])) for m in rendered["messages"]})
+        report[name] |= data.lengths(rendered) if corpus.report else {}  # what is drawn has no long rows
         rendered.save_to_disk(folder / "sets" / name)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def read_data(root: Path, spec: dict) -> SimpleNamespace:
     """``tokenizer``, ``report``, ``longest`` reply, ``verify`` (None: nobody can), ``rows(name)`` and ``rows(name, "clean")`` (no slips, or None)."""
-    folder, world = make(root, spec), getattr(SOURCES[spec["source"]["kind"]], "World", None)
+    folder, source = make(root, spec), SOURCES[spec["source"]["kind"]]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="left")
+    tokenizer = models.load_tokenizer(folder / "tokenizer")
     return SimpleNamespace(
         report=report, held=[name for name in report if name.endswith(("validation", "test"))], tokenizer=tokenizer,
-        verify=world(spec["world_seed"]).verify if world else None, longest=spec["max_new_tokens"],
+        verify=source.verifier(spec["world_seed"]), longest=spec["max_new_tokens"],
         rows=lambda name, kind="sets": load_from_disk(folder / kind / name) if (folder / kind / name).is_dir() else None)
 
 
 @lru_cache(maxsize=8)
-def _listed(folder: Path) -> tuple[list[dict], list[str], list[bool] | None]:
+def _listed(folder: Path) -> tuple[Sequence[dict], list[str], list[bool | None] | None]:
     found = load_from_disk(folder)
-    judged = list(found["verified"]) if "verified" in found.column_names else None
-    return found.select_columns(["input_ids", "labels"]).to_list(), list(found["skill"]), judged
+    judged, rows = list(found["verified"]) if "verified" in found.column_names else None, found.select_columns(["input_ids", "labels"])
+    return rows.to_list() if len(rows) < 50_000 else rows, list(found["skill"]), judged  # many stay in their files
 
 
-def read_rows(root: Path, part: dict, spec: dict) -> tuple[list[dict], list[str], list[bool] | None]:
-    """The rows of a part of a phase, whatever its budget, their skills, and which of a teacher's answers verify (None: not judged)."""
-    rows, skills, right = _listed(make(root, part["said"]) if "said" in part else make(root, spec) / "sets" / part["set"])
-    if not (kept := [i for i in range(len(rows)) if not part.get("verified") or right[i]]):
-        raise ValueError(f"Set {part['set']!r} has nothing to train on: no answer of its teacher verifies.")
-    return [{"id": f"{part['set']}/{i}", **rows[i]} for i in kept], [skills[i] for i in kept], right
+def read_rows(root: Path, parts: list[dict], spec: dict) -> tuple[data.Rows, list[list[str]], list[bool | None]]:
+    """The rows of the parts of a phase, whatever their budgets, their skills by part, and which of the first answers judged verify."""
+    sets, found, judged = [], [], []
+    for part in parts:
+        rows, skills, right = _listed(make(root, part["said"]) if "said" in part else make(root, spec) / "sets" / part["set"])
+        if not (kept := [i for i in range(len(rows)) if not part.get("verified") or right[i]]):
+            raise ValueError(f"Set {part['set']!r} has nothing to train on: no answer of its teacher verifies.")
+        sets.append((part["set"], rows, kept))
+        found.append([skills[i] for i in kept])
+        judged = judged or [r for r in right or () if r is not None]
+    return data.Rows(sets), found, judged
 
 
-def tune(root: Path, model, tokenizer, phase: dict, spec: dict, teacher=None) -> tuple[list[dict], float]:
-    """Train ``model`` as ``phase`` says on data of ``spec``. Returns the rows as seen and the loss."""
-    rows, pools = [], []
-    for part in phase["rows"]:
-        more, skills, _ = read_rows(root, part, spec)
-        if part.get("budget", 0) > len(more):
-            raise ValueError(f"budget={part['budget']} is above set {part['set']!r}; allowed: up to {len(more)} rows.")
-        chosen = data.nested_order(skills, part["seed"])[:part["budget"]] if "budget" in part else range(len(more))
-        pools.append([len(rows) + i for i in chosen])
-        rows += more
-    targets = teachers.Cached(make(root, targets_of(phase)), teacher) if phase["teacher"] else None
-    return fit(model, tokenizer, rows, pools, phase, teacher=targets,
+def tune(root: Path, model, tokenizer, phase: dict, spec: dict, save_to: Path | None = None) -> tuple[data.Rows, float]:
+    """Train ``model`` as ``phase`` says on data of ``spec``. Returns the rows as seen and the loss. With an Accelerate configuration in
+    KDLIB_LAUNCH, in as many processes as that says; ``save_to`` is where those leave the model.
+    """
+    rows, skills, _ = read_rows(root, phase["rows"], spec)
+    pools, start = [], 0
+    for part, own in zip(phase["rows"], skills):
+        if (budget := part.get("budget", 0)) > len(own) and budget != spec["train_rows"]:  # which means all that there are
+            raise ValueError(f"budget={budget} is above set {part['set']!r}; allowed: up to {len(own)} rows.")
+        chosen = data.nested_order(own, part["seed"])[:budget] if budget else range(len(own))
+        pools.append([start + i for i in chosen])
+        start += len(own)
+    targets = teachers.Cached(make(root, targets_of(phase))) if phase["teacher"] else None
+    if os.environ.get("KDLIB_LAUNCH") and save_to is None:
+        return data.Rows(rows.sets, _order(pools, phase)), _launch(root, model, tokenizer, phase, spec)
+    return fit(model, tokenizer, rows.sets, pools, phase, teacher=targets, save_to=save_to,
                objective=Objective(**{f.name: phase[f.name] for f in fields(Objective) if f.name in phase}))
 
 
-def fit(model, tokenizer, rows: list[dict], pools: list[list[int]], how: dict, **objective) -> tuple[list[dict], float]:
-    """Train on those of ``rows`` that ``pools`` number, equally many of each. Returns rows as seen and loss; ValueError if not finite."""
-    seen = [rows[i] for i in data.stream(pools, how["steps"], how["batch_size"], how["seed"])]
+def _order(pools: list[list[int]], how: dict) -> list[int]:
+    return data.stream(pools, how["steps"], how["batch_size"], how["seed"])
+
+
+def fit(model, tokenizer, sets: list[tuple], pools: list[list[int]], how: dict, **objective) -> tuple[data.Rows, float]:
+    """Train on those rows of ``sets`` that ``pools`` number, equally many of each. Returns rows as seen and loss; ValueError if not finite."""
+    seen = data.Rows(sets, _order(pools, how))
     settings = {k: how[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        loss = trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **objective)["train_loss"]
+        loss = trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **how.get("training", {}), **objective)["train_loss"]
     if not math.isfinite(loss):
         raise ValueError(f"Training diverged (loss {loss}) with {settings}; allowed: settings that keep it finite.")
     return seen, loss
 
 
+def _launch(root: Path, model, tokenizer, phase: dict, spec: dict) -> float:
+    """:func:`tune` in the processes that ``accelerate launch`` starts; ``model`` takes over what they made."""
+    with tempfile.TemporaryDirectory(dir=root / ".cache", ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
+        model.to("cpu").save_pretrained(scratch / "before")
+        tokenizer.save_pretrained(scratch / "before")
+        (scratch / "job.json").write_text(json.dumps([str(root), phase, spec]), encoding="utf-8")
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", os.environ["KDLIB_LAUNCH"], "-m", "kdlib.stages", name]
+        done = subprocess.run(launch, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines() or ["nothing was said"]
+            raise RuntimeError(f"Training with KDLIB_LAUNCH={os.environ['KDLIB_LAUNCH']!r} failed: {said[0].strip()}")
+        model.load_state_dict(models.load(scratch / "after", device="cpu")[0].state_dict())
+        model.to(models.device()).eval()
+        return json.loads((scratch / "loss.json").read_text())
+
+
 def _build_model(root: Path, spec: dict, folder: Path) -> None:
     known = read_data(root, data_of(spec))
     if p := spec.get("pretrain"):
-        texts = _source(spec["data"], "corpus")(spec["data"]["world_seed"]).pretrain()
+        texts = corpus_of(spec["data"]).pretrain()
         blocks = data.pack(texts, known.tokenizer, p["block"], p["max_tokens"]).to_list()
-        model = models.build_model(p["model"], known.tokenizer, p["seed"])
-        fit(model, known.tokenizer, blocks, [list(range(len(blocks)))], p)
+        model, every = models.build_model(p["model"], known.tokenizer, p["seed"]).to(models.device()), range(len(blocks))
+        fit(model, known.tokenizer, [("text", blocks, every)], [list(every)], p)
     else:
-        model, _ = models.load(make(root, spec["start"]))
-        for phase in spec["phases"]:
+        model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
+        for phase in spec.get("phases", ()):
             tune(root, model, known.tokenizer, phase, data_of(spec))
-    model.save_pretrained(folder)
-    known.tokenizer.save_pretrained(folder)
+    if "hub" not in spec:
+        model.save_pretrained(folder)
+        known.tokenizer.save_pretrained(folder)
     own = {name: _score(model, known, name)[0] for name in known.held}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
@@ -169,19 +221,22 @@ def _score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict
 
 
 def _build_answers(root: Path, spec: dict, folder: Path) -> None:
-    (model, tokenizer), known = models.load(make(root, spec["by"])), read_data(root, data_of(spec["by"]))
+    known, by = read_data(root, data_of(spec["by"])), spec["by"]
     how = {"max_new_tokens": known.longest, "temperature": spec["temperature"], "seed": spec["seed"]}
-    with tempfile.TemporaryDirectory() as scratch:
-        said = teachers.write_answers(scratch, model, tokenizer, known.rows(spec["set"]).remove_columns(["input_ids", "labels"]), **how)
-        if known.verify:
-            said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
-        data.render(said, tokenizer, data_of(spec["by"])["max_length"], drop=True)[0].save_to_disk(folder)
+    rows = known.rows(spec["set"]).remove_columns(["input_ids", "labels"])
+    if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
+        said = labels.label(folder / "said", rows, base_url=server, model=by["hub"], **how)
+    else:
+        said = teachers.write_answers(folder / "said", *open_model(root, by), rows, **how)
+    if known.verify:
+        said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
+    data.render(said, known.tokenizer, data_of(by)["max_length"], drop=True)[0].save_to_disk(folder)
+    shutil.rmtree(folder / "said")
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = models.load(make(root, spec["teacher"]))
-    rows = [row for part in spec["rows"] for row in read_rows(root, part, data_of(spec["teacher"]))[0]]
-    teachers.write_cache(folder, model, tokenizer, rows, **spec["cache"])
+    model, tokenizer = open_model(root, spec["teacher"])
+    teachers.write_cache(folder, model, tokenizer, read_rows(root, spec["rows"], data_of(spec["teacher"]))[0], **spec["cache"])
 
 
 def teacher_of(config: dict) -> dict | None:
@@ -189,40 +244,45 @@ def teacher_of(config: dict) -> dict | None:
     return ([None] + [t for p in config["phases"] for t in (p["teacher"], *(r.get("said", {}).get("by") for r in p["rows"])) if t])[-1]
 
 
-def execute(root: Path, labels: dict, config: dict) -> None:
-    """Do one run, or nothing if its record is there. Safe beside other processes doing the same."""
+def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | None = None) -> None:
+    """Do one run, or nothing if its record, and the model if it is to ``keep`` somewhere, is there. Safe beside others doing the same."""
     identifier = results.run_id(config)
     with store.lock(root, identifier):
-        if not results.record_path(root, labels["preset"], identifier).exists():
-            results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config)})
+        if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not keep.is_dir()):
+            results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config, METRICS[metric], keep)})
 
 
-def _train_and_evaluate(root: Path, config: dict) -> dict:
+def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> dict:
     wall, cpu, spec, seen = time.perf_counter(), time.process_time(), data_of(config), []
     known, split, tuned = read_data(root, spec), config["evaluate"]["on"], teacher_of(config)
-    student, tokenizer = models.load(make(root, config["start"]))
-    teacher = models.load(make(root, tuned))[0] if tuned else None
+    student, tokenizer = open_model(root, config["start"], **TRAINED)
     for phase in config["phases"]:
-        rows, loss = tune(root, student, tokenizer, phase, spec, teacher)
-        seen += rows
+        rows, loss = tune(root, student, tokenizer, phase, spec)
+        seen.append(rows)
+    for part in (student, known.tokenizer) if keep else ():
+        part.save_pretrained(keep)
+    teacher = open_model(root, tuned)[0] if tuned else None
     trained, clean = time.perf_counter(), known.rows(split, "clean")
     metrics, items = _score(student, known, split, teacher=teacher, clean=clean and clean.select_columns(["input_ids", "labels"]).to_list())
     metrics["train_loss"] = loss
+    if config["evaluate"].get("tasks"):
+        scored, more = harness.harness(student, known.tokenizer, config["evaluate"]["tasks"])
+        metrics, items = metrics | scored, {k: [*items.get(k, [None] * len(items["id"])), *more[k]] for k in more}
     if "/" in split:  # a domain's rows: what is left of the general skills?
         general, _ = _score(student, known, split.split("/")[1])
-        metrics |= {f"general_{k}": general[k] for k in ("accuracy", "nll")}
-    if judged := [r for phase in config["phases"] for part in phase["rows"] if (r := read_rows(root, part, spec)[2])]:
-        metrics["label_accuracy"] = sum(judged[0]) / len(judged[0])
+        metrics |= {f"general_{k}": general[k] for k in (metric.name, "nll")}
+    if judged := next(filter(None, (read_rows(root, phase["rows"], spec)[2] for phase in config["phases"])), None):
+        metrics["label_accuracy"] = sum(judged) / len(judged)
     for name, model in (("untuned", config["start"]), ("teacher", tuned)):
         own = json.loads((path(root, model) / "evaluation.json").read_text(encoding="utf-8"))[split] if model else {}
         metrics |= {f"{name}_{k}": v for k, v in own.items()}
-    metric = METRICS["accuracy" if known.verify else "bits_per_byte"]
+    lengths = [(len(row["input_ids"]), sum(t != data.IGNORE for t in row["labels"][1:])) for rows in seen for row in rows]
     made = {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
     provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made,
                   "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
                   "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
-                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(len(r["input_ids"]) for r in seen),
-                  "response_tokens": sum(t != data.IGNORE for r in seen for t in r["labels"][1:]), "data_report": known.report,
+                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(n for n, _ in lengths),
+                  "response_tokens": sum(n for _, n in lengths), "data_report": known.report,
                   "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
     return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
 
@@ -237,11 +297,18 @@ def all_of(config: str) -> dict[str, tuple[int, dict]]:
     return out
 
 
-def tasks(runs: list[tuple[dict, dict]], root: Path) -> dict[partial, float]:
+def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str) -> dict[partial, float]:
     """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, the least deep first, so that few wait for another."""
     found, deep = {}, []
     for labels, config in runs:
         found |= (below := all_of(json.dumps(config)))
-        deep.append((1 + max(d for d, _ in below.values()), partial(execute, root, labels, config), 2.0))
+        deep.append((1 + max(d for d, _ in below.values()), partial(execute, root, labels, config, metric), 2.0))
     deep += [(d, partial(make, root, spec), COSTS[name.split("-")[0]]) for name, (d, spec) in found.items() if not path(root, spec).is_dir()]
     return {task: cost for _, task, cost in sorted(deep, key=lambda entry: entry[0])}
+
+
+if __name__ == "__main__":  # one of the processes that _launch starts
+    where = Path(sys.argv[1])
+    base, wanted, about = json.loads((where / "job.json").read_text(encoding="utf-8"))
+    _, final = tune(Path(base), *models.load(where / "before", device="cpu"), wanted, about, where / "after")
+    store.write_atomic(where / "loss.json", json.dumps(final))

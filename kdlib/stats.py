@@ -50,6 +50,12 @@ def verdict(low: float, high: float, delta: float, n_seeds: int) -> str:
     return found if n_seeds >= DECISIVE_SEEDS else f"exploratory: {found}"
 
 
+def lead(metric: Metric, arm: str, baseline: str, where: str = "") -> str:
+    """What a gap of ``arm`` over ``baseline`` is, in words: above zero, ``arm`` is better."""
+    first, second = (arm, baseline) if metric.higher_is_better else (baseline, arm)
+    return f"{metric.label.split(' (')[0]}{where}, {first} − {second}"
+
+
 def paired_gaps(frame: pd.DataFrame, metric: Metric, arm: str = "kd", baseline: str = "sft", by: str = "method") -> pd.DataFrame:
     """``budget, seed, gap, run_ids``: arm minus baseline (values of ``by``) by seed, above zero if better. ValueError unless paired."""
     keys = ["budget", "seed"]
@@ -65,10 +71,10 @@ def paired_gaps(frame: pd.DataFrame, metric: Metric, arm: str = "kd", baseline: 
 def item_interval(records: list[dict], metric: Metric, method: str = "kd", baseline: str = "sft") -> Interval:
     """The gap of one budget's ``records`` with test items as the unit: how far other items, not other training runs, could move it."""
     column, scale = ("correct", 1.0) if metric.name == "accuracy" else ("nll", 1 / np.log(2))
-    above, below = (pd.DataFrame([dict(zip(r["items"]["id"], r["items"][column])) for r in records if r["method"] == m]).mean()
-                    for m in (method, baseline))  # over seeds, item by item
+    above, below = (pd.DataFrame([dict(zip(r["items"]["id"], r["items"][column])) for r in records if r["method"] == m],
+                                 dtype=float).mean() for m in (method, baseline))  # over seeds, item by item; None is left out
     item = pd.DataFrame({k: records[0]["items"][k] for k in ("skill", "suite", "bytes")}, index=records[0]["items"]["id"])
-    item = item.assign(gap=(above - below) * scale * (1 if metric.higher_is_better else -1))
+    item = item.assign(gap=(above - below) * scale * (1 if metric.higher_is_better else -1)).dropna(subset=["gap"])
     if metric.name == "accuracy":  # a mean over skills of the seen suite, so items vary about their skill's mean
         by_skill = (item := item[item.suite == "seen"]).groupby("skill").gap
         residual = (item.gap - by_skill.transform("mean")) * len(item) / by_skill.ngroups / by_skill.transform("size")
@@ -107,10 +113,10 @@ def budget_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
 
 def teacher_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
     """C2 of one world by its two contrasts at the largest budget: KD from the strong teacher leads SFT, and KD from the base teacher."""
-    claims, largest, name = [], frame[frame.budget == frame.budget.max()], metric.label.split(" (")[0]
+    claims, largest = [], frame[frame.budget == frame.budget.max()]
     for number, baseline, words in (("C2a", "sft", "SFT"), ("C2b", "kd base", "KD from the base teacher")):
         gaps = paired_gaps(largest, metric, "kd strong", baseline, "arm")
-        contrast = f"{name}, KD from the strong teacher − {words}, at budget {frame.budget.max()}"
+        contrast = f"{lead(metric, 'KD from the strong teacher', words)}, at budget {frame.budget.max()}"
         claims.append(claim(number, contrast, gaps.gap, metric.delta, gaps, frame))
     return claims
 
@@ -123,7 +129,7 @@ def domain_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
         by_seed = {f"C3 {domain} − {one}": g.groupby("seed").gap.mean() for one, g in gaps.items()}
         levels = holm_levels(by_seed)
         for (name, values), (one, g) in zip(by_seed.items(), gaps.items()):
-            contrast = f"accuracy in the {domain}, kd_then_sft − {one}, mean over budgets"
+            contrast = f"{lead(metric, 'kd_then_sft', one, f' in the {domain}')}, mean over budgets"
             claims.append(claim(name, contrast, values, metric.delta, g, runs, levels[name]))
     return claims
 

@@ -1,5 +1,6 @@
 """Files that survive a kill: canonical hashes, atomic writes, a results folder of our own, content-addressed artefacts."""
 
+import errno
 import hashlib
 import json
 import os
@@ -73,25 +74,35 @@ def artefact_path(root: Path, kind: str, spec: dict) -> Path:
     return root / ".cache" / f"{kind}-{digest(spec)}"
 
 
-def fill(path: Path, build: Callable[[Path], None], **about) -> None:
-    """Make ``path`` with ``build(folder)`` and a manifest of ``about`` and hashes, whole or not at all; the caller holds a lock."""
-    for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-        shutil.rmtree(leftover)
+def fill(path: Path, build: Callable[[Path], None], resumes: bool = False, **about) -> None:
+    """Make ``path`` with ``build(folder)`` and a manifest of ``about`` and hashes, whole or not at all; the caller holds a lock. A build that
+    ``resumes`` finds in its folder what a killed one left. OSError, in one sentence, on a full disk.
+    """
+    work = path.with_name(f".{path.name}.unfinished")
+    if not resumes or path.is_dir():
+        shutil.rmtree(work, ignore_errors=True)
     if path.is_dir():
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as name:
-        work = Path(name)
+    try:
+        work.mkdir(exist_ok=True)
         build(work)
         files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
         write_atomic(work / "manifest.json", json.dumps({**about, "files": files}, indent=1))
         os.replace(work, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(error.errno, f"The disk is full under {path.parent}; free some of it and run again: what was finished is kept.") from error
+    finally:
+        if not resumes:
+            shutil.rmtree(work, ignore_errors=True)
 
 
-def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], origin: dict | None = None) -> Path:
+def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], origin: dict | None = None, resumes: bool = False) -> Path:
     """The folder that ``build(folder)`` fills for ``spec``, once. ValueError if it or ``origin``, its sources' hashes, changed."""
     path = artefact_path(root, kind, spec)
     with lock(root, path.name):
-        fill(path, build, spec=spec, origin=origin)
+        fill(path, build, resumes, spec=spec, origin=origin)
     found = manifest(path)
     if origin and found["origin"] and found["origin"] != origin:
         raise ValueError(f"Cached artefact {path} was made from other files than {', '.join(origin)} at hand; give each a results_dir.")

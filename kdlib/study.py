@@ -1,16 +1,17 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
+import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from kdlib import results, runner, store
-from kdlib.presets import ARMS, KINDS, METHODS, PRESETS, RECIPES, Preset, check
+from kdlib.presets import ARMS, KINDS, METHODS, OPTIONAL, PRESETS, RECIPES, Preset, check
 
-SPEC_VERSION = {"lab": 5, "text": 3}  # raised whenever a change of the code changes what a configuration computes
-SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "workers")
+SPEC_VERSION = {"lab": 5, "text": 4}  # raised whenever a change of the code changes what a configuration computes
+SHARED = ("preset", "world_seed", "budgets", "seeds", "tasks", "results_dir", "train_missing", "dry_run", "workers")
 PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "domains", "pools")}
 
 
@@ -24,6 +25,7 @@ class Plan:
     standard: bool
     train_missing: bool
     workers: int
+    dry_run: bool = False
 
     configs = property(lambda self: [c for _, c in self.runs], doc="The runs' configurations, in the order of the grid.")
     ids = property(lambda self: [results.run_id(c) for c in self.configs], doc="The run ids, in that order.")
@@ -52,6 +54,9 @@ def plan(experiment: str, namespace: dict) -> Plan:
     given = {n: namespace[n] for n in PARAMETERS[experiment] if n in namespace}
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
     preset, general = PRESETS[name], experiment != "two_stage_domain"
+    allowed = "tasks of the harness by name, each with a table of settings" if hasattr(preset, "tasks") else f"{{}}, for preset {name!r} scores by itself"
+    if check("tasks", given.get("tasks", {}), dict, allowed, lambda v: not v or (hasattr(preset, "tasks") and all(type(t) is dict for t in v.values()))):
+        preset = Preset(**{**vars(preset), "tasks": given["tasks"]})
     if lacking := preset.lacks(experiment):
         able = ", ".join(n for n, p in PRESETS.items() if not p.lacks(experiment))
         raise ValueError(f"preset={name!r} has no {' and no '.join(lacking)}{' teacher' if general else ''}; allowed: {able}.")
@@ -67,7 +72,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
     allowed = f"0, because preset {name!r} has one world" if (one := len(preset.worlds) == 1) else "a whole number from 0"
     world = check("world_seed", given.get("world_seed", 0), int, allowed, lambda v: v == 0 or (v > 0 and not one))
     workers = check("workers", given.get("workers", 0), int, "a whole number from 0, where 0 takes every core", lambda v: v >= 0)
-    train = check("train_missing", given.get("train_missing", True), bool, "True or False")
+    train, dry = (check(n, given.get(n, usual), bool, "True or False") for n, usual in (("train_missing", True), ("dry_run", False)))
     folder = check("results_dir", given.get("results_dir", ""), str, "a folder as text, or '' for the repository's own",
                    lambda v: not v or (v.strip() and "\0" not in v))
     if general:
@@ -80,20 +85,24 @@ def plan(experiment: str, namespace: dict) -> Plan:
         chosen = {"domains": domains, "pools": numbers("pools", 1, usual["pool_rows"], f"{usual['pool_rows']}, the prompts of a pool")}
     runs = grid(preset, experiment, world, budgets, seeds, **chosen)
     return Plan(preset, tuple(runs), store.open_folder(folder or results.REPOSITORY / "results"),
-                runs == grid(preset, experiment, world) and world in preset.worlds, train, workers)
+                runs == grid(PRESETS[name], experiment, world) and world in preset.worlds, train, workers or getattr(preset, "workers", 0), dry)
 
 
 def data_spec(preset: Preset, world_seed: int) -> dict:
     """What fixes the data of a preset in one world."""
-    return {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
+    spec = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
             "max_length": preset.max_length, "max_new_tokens": preset.max_new_tokens, "vocab_size": preset.vocab_size, "world_seed": world_seed}
+    return spec | ({"tokenizer": preset.tokenizer} if hasattr(preset, "tokenizer") else {})
 
 
 def model_spec(preset: Preset, name: str, world_seed: int) -> dict:
     """What fixes a base model or teacher of a preset: tuned on all training rows, or in rounds on what it says that verifies."""
+    given = preset.bases.get(name) or preset.teachers[name]
+    if "hub" in given:
+        return {"data": data_spec(preset, world_seed), **given}
     if name in preset.bases:
-        return {"data": data_spec(preset, world_seed), "pretrain": preset.bases[name]}
-    teacher = preset.teachers[name]
+        return {"data": data_spec(preset, world_seed), "pretrain": given}
+    teacher = given
     made = model_spec(preset, teacher["start"], world_seed)
     for draw in range(teacher.get("rounds", 1)):
         part = _said(preset, "train", made, temperature=1.0, seed=draw) | {"verified": True} if "rounds" in teacher else {"set": "train"}
@@ -106,7 +115,8 @@ def _said(preset: Preset, name: str, model: dict, **how) -> dict:
 
 
 def _phase(preset: Preset, rows: list[dict], teacher: dict | None = None, **how) -> dict:
-    return {"rows": rows, "teacher": teacher, "steps": preset.steps, "batch_size": preset.batch_size, **how}
+    own = {k: vars(preset)[k] for k in ("training", *(("cache",) if teacher else ())) if k in vars(preset)}
+    return {"rows": rows, "teacher": teacher, "batch_size": preset.batch_size, **own, **how}
 
 
 def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, domains=None, pools=None, kd: dict | None = None,
@@ -119,7 +129,8 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
     usual, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, []
     budgets, seeds, domains, pools = (sorted(set(given or usual[k])) for given, k in (
         (budgets, "budgets"), (seeds, "seeds"), (domains, "names"), (pools, "pools")))
-    for domain, budget, seed, pool, (method, name) in product(domains, budgets, seeds, pools, arms or ARMS[experiment]):
+    able = [arm for arm in arms or ARMS[experiment] if d or arm[1] not in OPTIONAL or arm[1] in preset.teachers]
+    for domain, budget, seed, pool, (method, name) in product(domains, budgets, seeds, pools, able):
         human = {"set": f"{domain}/train" if d else "train", "budget": budget, "seed": seed}
         teacher = model_spec(preset, name, world) if (name := d.get("teacher", name)) else None
         if d:
@@ -131,19 +142,26 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         if pool != pools[-1] and not (reads and budget == budgets[len(budgets) // 2]):
             continue
         phases, chosen = [], usual["learning_rate"][method]
+        steps = math.ceil(usual["epochs"] * budget / preset.batch_size) if "epochs" in usual else usual["steps"] // len(stages)
         rates = rate or [preset.rate(of_stage, budget) for of_stage in (chosen if isinstance(chosen, list) else [chosen])]
         for (rows, how), at in zip(stages, rates, strict=True):
             phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, seed=seed, learning_rate=at,
-                                 steps=usual["steps"] // len(stages), **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
-        labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.bases["student"]["model"],
+                                 steps=steps, **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
+        labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.model("student"),
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
         runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases,
-                              "evaluate": {"on": f"{domain}/{split}" if d else split}}))
+                              "evaluate": {"on": f"{domain}/{split}" if d else split, **({"tasks": preset.tasks} if hasattr(preset, "tasks") else {})}}))
     return runs
 
 
 def run(plan: Plan) -> list[dict]:
-    """The records of ``plan``, in grid order; what is missing is computed first. ValueError if it may not be, or copies differ."""
+    """The records of ``plan``, in grid order; what is missing is computed first. ValueError if it may not be, or copies differ. A dry run says
+    what it would take, and ends there (SystemExit).
+    """
+    if plan.dry_run:
+        from kdlib import costs
+        costs.report(plan)
+        raise SystemExit(0)
     results.read_claims(plan.folder)
     found = results.read_records(plan.root, plan.preset.name, plan.ids)
     have = {r["run_id"] for r in found}
@@ -157,7 +175,9 @@ def run(plan: Plan) -> list[dict]:
                          f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
         from kdlib import stages
-        todo = stages.tasks(missing, plan.root)
+        if tasks := getattr(plan.preset, "tasks", None):
+            stages.harness.check_tasks(tasks)
+        todo = stages.tasks(missing, plan.root, plan.preset.metric)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
             runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers)
             _check_one_origin(plan, found)

@@ -11,7 +11,7 @@ rest in one bucket, which never overstates the divergence; ``sampled``, k drawn 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,25 +73,25 @@ def _identity(tokenizer) -> dict:
 
 
 @torch.no_grad()
-def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form: str = "top_k", k: int = 64,
+def write_cache(folder: str | Path, model, tokenizer, rows: Sequence[dict], *, form: str = "top_k", k: int = 64,
                 temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32) -> Path:
     """Cache what ``model`` says about the response tokens of rendered ``rows`` (``id``, ``input_ids``, ``labels``), in ``dtype``. A killed
     writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
     """
-    folder, vocabulary = Path(folder), max(tokenizer.get_vocab().values()) + 1
+    folder, tokens = Path(folder), models.tokens_of(tokenizer)
+    vocabulary = max(tokens.values()) + 1
     for name, value in (("form", form), ("dtype", dtype)):
         check(name, value, str, ", ".join(ALLOWED[name]), ALLOWED[name].__contains__)
     most = vocabulary if form == "top_k" else 2**16
     check("k", k, int, f"1 to {most}", lambda v: form in EXACT or 1 <= v <= most)
     check("shard_rows", shard_rows, int, "a whole number from 1", lambda v: v >= 1)
-    rows = list(rows)  # a datasets.Dataset, too
-    if len({str(r.get("id")) for r in rows}) != len(rows):
+    read = [(str(r.get("id")), len(r["labels"]), store.digest([r["input_ids"], r["labels"]])) for r in rows]
+    if len({name for name, *_ in read}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one, or have none.")
-    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype,
-            "rows": store.digest([[r["id"], r["input_ids"], r["labels"]] for r in rows])}
+    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "vocabulary": vocabulary, "form": form, "dtype": dtype, "rows": store.digest(read)}
     if form not in EXACT:
         spec |= {"k": k, "temperature": Objective(temperature=temperature).temperature, **({"seed": seed} if form == "sampled" else {})}
-    parts = {"vocabulary": lambda work: store.write_atomic(work / "vocabulary.json", json.dumps(tokenizer.get_vocab()))}
+    parts = {"vocabulary": lambda work: store.write_atomic(work / "vocabulary.json", json.dumps(tokens))}
     if form == "hidden":
         if (linear := inference.linear_head(model)) is None:
             raise ValueError("form='hidden' needs a teacher whose logits are one matrix times its hidden states; allowed: another form.")
@@ -99,7 +99,7 @@ def write_cache(folder: str | Path, model, tokenizer, rows: list[dict], *, form:
         spec |= {"width": head.in_features, "linear": linear}
         tensors = {n: v.detach().cpu().contiguous() for n in ("weight", "bias") if (v := getattr(head, n)) is not None}
         parts["head"] = lambda work: save_file(tensors, work / "head.safetensors")
-    longest, numbers = max((len(r["labels"]) for r in rows), default=0), {"full": vocabulary, "hidden": spec.get("width")}.get(form, k)
+    longest, numbers = max((length for _, length, _ in read), default=0), {"full": vocabulary, "hidden": spec.get("width")}.get(form, k)
     spec["shard_rows"] = shard_rows = max(1, min(shard_rows, (2**31 - 1) // max(1, longest * numbers)))  # which Arrow's lists hold
     build = partial(_write_shard, model=model, tokenizer=tokenizer, spec=spec, batch_size=batch_size)
     return _write(folder, spec, parts | _shards(rows, shard_rows, build))
@@ -110,7 +110,7 @@ def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_ne
     """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled.
     Fine-tuning on them is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is written as a cache's.
     """
-    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([[r["id"], r["messages"]] for r in rows]),
+    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in rows]),
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows}
 
     def build(work: Path, rows: list[dict], number: int) -> None:
@@ -119,12 +119,16 @@ def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_ne
         spoken = [[*r["messages"][:-1], {"role": "assistant", "content": text}] for r, text in zip(rows, said)]
         Dataset.from_list([{**r, "messages": m} for r, m in zip(rows, spoken)]).save_to_disk(work)
 
-    folder = _write(Path(folder), spec, parts := _shards(rows.to_list(), shard_rows, build))
+    folder = _write(Path(folder), spec, parts := _shards(rows, shard_rows, build))
     return concatenate_datasets([load_from_disk(store.check_files(folder / name)) for name in parts])
 
 
-def _shards(rows: list[dict], size: int, build: Callable) -> dict[str, Callable[[Path], None]]:
-    return {f"shard-{i:05d}": partial(build, rows=rows[start:start + size], number=i) for i, start in enumerate(range(0, len(rows), size))}
+def _shards(rows: Sequence[dict], size: int, build: Callable) -> dict[str, Callable[[Path], None]]:
+    def shard(work: Path, number: int) -> None:  # read when it is its turn
+        span = range(number * size, min(len(rows), (number + 1) * size))
+        build(work, rows=[rows[i] for i in span], number=number)
+
+    return {f"shard-{i:05d}": partial(shard, number=i) for i in range(math.ceil(len(rows) / size))}
 
 
 def _write(folder: Path, spec: dict, parts: dict[str, Callable[[Path], None]]) -> Path:
@@ -137,7 +141,8 @@ def _write(folder: Path, spec: dict, parts: dict[str, Callable[[Path], None]]) -
             raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")
         for name, build in parts.items():
             store.fill(folder / name, build)
-        store.write_atomic(folder / "complete.json", json.dumps({"shards": len(parts.keys() - {"head", "vocabulary"}), "spec": store.digest(spec)}))
+        if parts:
+            store.write_atomic(folder / "complete.json", json.dumps({"shards": len(parts.keys() - {"head", "vocabulary"}), "spec": store.digest(spec)}))
     return folder
 
 

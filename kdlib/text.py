@@ -1,101 +1,205 @@
-"""Instructions that people wrote, from a hub dataset or from local JSON lines, as a corpus."""
+"""Instructions that people wrote, from the hub or from local files, as a corpus.
+
+A *source* says where rows are: ``local`` (JSON lines, Parquet, a folder of either or one that ``save_to_disk`` wrote), a path or a name under
+``KDLIB_DATA`` if that is set, else ``hub`` with ``hub_config``, ``revision`` and ``split``. ``where`` picks local rows by their columns; ``prompt``
+and ``answer`` (Jinja) make turns of a set's own columns; ``drop`` is a pattern cut out of them; ``unanswered`` keeps the prompts alone; and
+``category_in_id`` finds in an id what budgets are stratified by, else it is ``category`` or ``source``.
+"""
 
 import gzip
 import json
 import os
 import re
+import tempfile
 import zlib
+from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+import numpy as np
+from datasets import Dataset, Features, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from jinja2 import Template
 
-from kdlib.data import Corpus
+from kdlib.data import Corpus, processes
 from kdlib.store import file_hash
 
+COLUMNS = (("instruction", "context", "response"), ("instruction", "input", "output"), ("prompt", None, "completion"))  # Dolly, Alpaca, TRL
+FEATURES = Features({"messages": [{"role": Value("string"), "content": Value("string")}], **dict.fromkeys(("prompt", "whole"), Value("int64")),
+                     **dict.fromkeys(("id", "skill", "suite", "answer", "fate"), Value("string"))})
+FINAL = re.compile(r"Answer: *(.+?)[\s.]*$")
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of a UTF-8 JSON-lines file, plain or gzip. Raises ValueError with file and line on a malformed row."""
-    rows, number = [], 0
+
+@lru_cache(maxsize=1)
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # of this process; what is read lies there as Arrow files
+
+
+def find(source: dict) -> Path | None:
+    """The local path of a source; None if it is the hub's. FileNotFoundError if it is missing where it should be."""
+    root, name = os.environ.get("KDLIB_DATA"), source.get("local")
+    if name and (root or Path(name).is_absolute()):
+        if (path := Path(root or "") / name).exists():
+            return path
+        raise FileNotFoundError(f"KDLIB_DATA={root!r} has no file {name!r}; point KDLIB_DATA at its folder, or unset it for the hub.")
+    return None
+
+
+def load_rows(source: dict) -> Dataset:
+    """Rows of a source as they stand there, memory-mapped; of JSON lines each ``line`` and where it is (``at``). Raises if they cannot be had."""
+    if path := find(source):
+        files = sorted(str(p) for p in path.rglob("*") if p.is_file()) if path.is_dir() else [str(path)]
+        if path.is_dir() and (path / "state.json").is_file():
+            return load_from_disk(path)
+        if tables := [f for f in files if f.endswith(".parquet")]:
+            return load_dataset("parquet", data_files=tables, split="train", cache_dir=tempfile.mkdtemp(dir=_scratch().name))
+        if not (texts := [f for f in files if re.search(r"\.jsonl?(\.gz)?$", f)]):
+            raise FileNotFoundError(f"{path} holds no data; allowed: .jsonl, .jsonl.gz or .parquet, or a folder that has some.")
+        try:
+            return Dataset.from_generator(_lines, gen_kwargs={"files": texts}, cache_dir=tempfile.mkdtemp(dir=_scratch().name))
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append({**json.loads(line.decode("utf-8"))})
-    except (ValueError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        number += not isinstance(error, (ValueError, TypeError))  # a broken archive ends before the line that it spoils
-        raise ValueError(f"{path}, line {number}: not a JSON object in UTF-8 ({error}).") from error
-    return rows
-
-
-def load_rows(source: dict) -> list[dict]:
-    """Rows of a source: ``local`` under ``KDLIB_DATA`` if set, columns as in ``where``, else ``hub``; raises if it has none."""
-    if root := os.environ.get("KDLIB_DATA"):
-        path = Path(root) / source["local"]
-        if not path.is_file():
-            raise FileNotFoundError(f"KDLIB_DATA={root!r} has no file {source['local']!r}; point KDLIB_DATA at its folder, or unset it for the hub.")
-        rows, where = read_jsonl(path), source.get("where", {})
-        if kept := [r for r in rows if all(r.get(k) == v for k, v in where.items())]:
-            return kept
-        raise ValueError(f"{path} has no row with {', '.join(f'{k}={v!r}' for k, v in where.items())} among its {len(rows)}; the study needs some.")
-    try:
-        rows = load_dataset(source["hub"], source.get("hub_config"), split="train")
+        return load_dataset(source["hub"], source.get("hub_config"), revision=source.get("revision"), split=source.get("split", "train"))
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
-        raise FileNotFoundError(f"Neither the hub nor local data can be reached for {source['hub']!r} ({type(error).__name__}): connect to the "
-                                f"internet (or log in), or set KDLIB_DATA to a folder that holds {source['local']!r}.") from error
-    return [{"id": f"{source['hub']}-{i}", **row} for i, row in enumerate(rows)]
+        raise FileNotFoundError(f"Neither the hub nor local data can be reached for {source.get('hub')!r} ({type(error).__name__}): connect to the "
+                                f"internet (gated sets: `hf auth login`), or set KDLIB_DATA to a folder that holds {source.get('local')!r}.") from error
 
 
-def to_messages(row: dict, where: str = "") -> list[dict]:
-    """The conversation of a row: ``messages``, or ``instruction``/``context``/``response`` (Dolly's columns). ValueError, from ``where``."""
-    if messages := row.get("messages"):
-        fine = isinstance(messages, list) and all(isinstance(m, dict) and {type(m.get(k)) for k in ("role", "content")} == {str} for m in messages)
-        if not fine or not any(m["role"] == "assistant" for m in messages):
-            raise ValueError(f"{where}Row {row.get('id')!r}: messages must be objects with texts 'role' and 'content', one of them an assistant's.")
-        return messages
-    if not row.get("instruction") or not row.get("response"):
-        raise ValueError(f"{where}Row {row.get('id')!r} has no 'messages' and no 'instruction' with 'response', but {sorted(row)}.")
-    prompt = "\n\n".join(part for part in (row["instruction"], row.get("context")) if part)
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["response"]}]
+def _lines(files: list[str]):
+    for path in files:
+        number = 0
+        try:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield {"line": line, "at": f"{path}, line {number}"}
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:  # a broken archive ends before the line that it spoils
+            raise ValueError(f"{path}, line {number + 1}: the archive is broken ({error}).") from error
 
 
-def corpus(world_seed: int, *, pretrain: dict, train: dict, test: dict, validation_rows: int, test_rows: int) -> Corpus:
-    """Human-written instructions as a :class:`~kdlib.data.Corpus`; there is one such world, whatever ``world_seed``. Rows whose prompt (all
-    that is said before or between the answers) came before or is held out are dropped. Where there is no ``test`` source, one row in twenty
-    is held out, by a hash of its prompt. Validation rows come from the training source.
+def parse(row: dict, number: int, name: str) -> tuple[dict, str]:
+    """A row, decoded if it is of JSON lines, and where it is. ValueError on a line that is no JSON object in UTF-8."""
+    if row.keys() != {"line", "at"}:
+        return row, f"{name}, row {number + 1}"
+    try:
+        return {**json.loads(row["line"].decode("utf-8"))}, row["at"]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{row['at']}: not a JSON object in UTF-8 ({error}).") from error
+
+
+def to_messages(row: dict, where: str = "", source: dict | None = None) -> list[dict]:
+    """The conversation of a row: ``messages``; or as ``source`` says; or ``instruction`` with ``response`` or ``output`` (and ``context`` or
+    ``input``), or ``prompt`` with ``completion``. ValueError, naming row and place, if there is none.
     """
-    pool, read = _conversations(train)
-    apart = test.get("hub") or os.environ.get("KDLIB_DATA")
-    held = _conversations(test)[0] if apart else {p: r for p, r in pool.items() if zlib.crc32(p.encode()) % 20 == 0}
-    overlap = pool.keys() & held.keys()
-    rows = [pool[p] for p in sorted(pool.keys() - overlap, key=lambda p: zlib.crc32(p.encode()))]
-    tests = sorted(held.values(), key=lambda r: zlib.crc32(r["id"].encode()))[:test_rows]
-    report = {"rows_read": read, "duplicate_prompts_dropped": read - len(pool), "held_out_prompts_dropped": len(overlap)}
-    sets = {"train": rows[validation_rows:], "validation": rows[:validation_rows], "test": tests}
-    return Corpus(pretrain=lambda: _plain(pretrain), sets={n: Dataset.from_list(r) for n, r in sets.items()}, report=report)
+    messages, source = row.get("messages"), source or {}
+    if messages is None and "prompt" in source:
+        messages = [{"role": role, "content": Template(source[k]).render(row) if k in source else ""} for k, role in (("prompt", "user"), ("answer", "assistant"))]
+    for first, more, last in COLUMNS if messages is None else ():
+        if messages is None and row.get(first) and row.get(last) is not None:
+            parts = [row[first], row[last]]
+            if isinstance(row[first], str):
+                asked = "\n\n".join(part for part in (row[first], row.get(more)) if part)
+                parts = [[{"role": role, "content": text}] for role, text in (("user", asked), ("assistant", row[last]))]
+            messages = [*parts[0], *parts[1]]
+    if messages is None:
+        raise ValueError(f"{where}: row {row.get('id')!r} has no 'messages' and no 'instruction' or 'prompt' with an answer, but {sorted(row)}.")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and {type(m.get(k)) for k in ("role", "content")} == {str} for m in messages):
+        raise ValueError(f"{where}: row {row.get('id')!r} needs messages that are objects with texts 'role' and 'content'.")
+    return [{"role": m["role"], "content": re.sub(source["drop"], "", m["content"]) if "drop" in source else m["content"]} for m in messages]
 
 
-def origin(**source) -> dict[str, str] | None:
+def _key(messages: list[dict]) -> int:
+    said = json.dumps([[m["role"], m["content"].strip()] for m in messages]).encode()
+    return int.from_bytes(blake2b(said, digest_size=8).digest(), "big", signed=True)
+
+
+def _normal(row: dict, number: int, source: dict, name: str) -> dict:
+    """One row as all of them are, its last line's answer, keys of prompt and whole, and whether it is kept."""
+    row, where = parse(row, number, name)
+    identifier, messages, fate = str(row.get("id") or f"{name}-{number}"), [], "other"
+    final = None
+    if all(row.get(k) == v for k, v in source["where"].items()):
+        messages, fate = to_messages(row, where, source), "kept"
+        final = FINAL.search(messages[-1]["content"]) if messages else None  # kept of unanswered ones too, to count right labels
+        if source.get("unanswered"):
+            messages = [*(m for m in messages if m["role"] != "assistant"), {"role": "assistant", "content": ""}]
+        elif not any(m["role"] == "assistant" for m in messages):
+            raise ValueError(f"{where}: row {identifier!r} has no assistant's turn, so there is nothing to learn from it.")
+        elif not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+            fate = "empty"
+    found = source.get("category_in_id") and re.match(source["category_in_id"], identifier)
+    kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
+    return {"id": identifier, "messages": messages, "skill": kind, "suite": "seen", "answer": final and final[1], "fate": fate,
+            "prompt": _key([m for m in messages if m["role"] != "assistant"]), "whole": _key(messages)}
+
+
+def conversations(source: dict, num_proc: int | None = None) -> tuple[Dataset, dict]:
+    """Rows as ``id``, ``messages``, ``skill``, ``suite``, ``answer`` and ``prompt``, a key of all that is said before or between the answers, in
+    an order drawn by it; no conversation twice. Also counts of what was left out. ValueError if nothing is left.
+    """
+    rows, name, where = load_rows(source), str(source.get("local") or source["hub"]), source.get("where", {}) if find(source) else {}
+    rows = rows.map(_normal, with_indices=True, fn_kwargs={"source": {**source, "where": where}, "name": name}, remove_columns=rows.column_names,
+                    num_proc=num_proc or processes(len(rows)), cache_file_name=tempfile.mktemp(".arrow", dir=_scratch().name), features=FEATURES)
+    fate, whole, prompt = (rows.with_format("numpy")[k][:] for k in ("fate", "whole", "prompt"))
+    kept = np.flatnonzero(fate == "kept")
+    first = kept[np.unique(whole[kept], return_index=True)[1]]
+    if not len(first):
+        wanted = " with " * bool(where) + ", ".join(f"{k}={v!r}" for k, v in where.items())
+        raise ValueError(f"{name} has no row{wanted} among its {len(rows)} that says something; the study needs some.")
+    report = {"rows_read": int((fate != "other").sum()), "empty_answers_dropped": int((fate == "empty").sum()), "duplicates_dropped": len(kept) - len(first)}
+    return rows.select(first[np.lexsort((first, prompt[first]))]).remove_columns(["whole", "fate"]), report
+
+
+def split(train: dict, test: dict, *, validation_rows: int, test_rows: int) -> tuple[dict[str, Dataset], dict]:
+    """``train``, ``validation`` and ``test`` without a prompt in common, and counts. ``test`` says how its source differs from training's; if by
+    nothing that is at hand (another hub id or split, a local file while ``KDLIB_DATA`` is set), prompts are held out of that, at most one in
+    twenty. Validation rows are training's, at most a quarter.
+    """
+    rows, report = conversations(train)
+    own = test.keys() & {"hub", "split"} or (test and find(test))
+    held = conversations({**train, **test})[0] if own else rows.select(range(len(rows) - min(test_rows, len(rows) // 20), len(rows)))
+    tests = held.select(np.argsort([_key([{"role": "", "content": i}]) for i in held["id"]])[:test_rows])
+    prompts, taken = (r.with_format("numpy")["prompt"][:] for r in (rows, held))
+    free = np.flatnonzero(~np.isin(prompts, taken))
+    checks, rest = np.split(free, [min(validation_rows, len(free) // 4)])
+    report["held_out_prompts_dropped"] = len(rows) - len(free)
+    return {"train": rows.select(rest[~np.isin(prompts[rest], prompts[checks])]), "validation": rows.select(checks), "test": tests}, report
+
+
+def corpus(world_seed: int, *, train: dict, test: dict, pretrain: dict | None = None, domains: dict | None = None, **sizes) -> Corpus:
+    """Human-written instructions as a :class:`~kdlib.data.Corpus`; there is one such world, whatever ``world_seed``. ``sizes`` are those of
+    :func:`split`. A domain of ``domains`` has a ``train`` and a ``test`` source too, and a ``pool`` of prompts whose answers nobody is to see:
+    another source's, or the training prompts themselves, of which the first ``annotated_rows`` are annotated too.
+    """
+    sets, train_report = split(train, test, **sizes)
+    report = {"train": train_report}
+    for name, d in (domains or {}).items():
+        own, report[name] = split(d["train"], d["test"], **{k: d[k] for k in ("validation_rows", "test_rows")})
+        pool, held = conversations({**d["train"], **d.get("pool", {}), "unanswered": True})[0], np.concatenate(
+            [own[k].with_format("numpy")["prompt"][:] for k in ("validation", "test")])
+        free = np.flatnonzero(~np.isin(pool.with_format("numpy")["prompt"][:], held))
+        own |= {"train": own["train"].select(range(min(len(own["train"]), d["annotated_rows"]))), "pool": pool.select(free[-d["unlabelled_rows"]:])}
+        sets |= {f"{name}/{k}": v for k, v in own.items()}
+    return Corpus(pretrain=lambda: _plain(pretrain), sets={n: rows.remove_columns("prompt") for n, rows in sets.items()}, report=report)
+
+
+def verifier(world_seed: int):
+    """``verify(row, reply)``: whether a reply ends with the row's final ``Answer: …``; None where the row has none."""
+    return lambda row, reply: (found := FINAL.search(reply.strip())) is not None and found[1] == row["answer"] if row["answer"] else None
+
+
+def origin(**sources) -> dict[str, str] | None:
     """SHA-256 of the local files that :func:`corpus` reads with these arguments; None if it reads from the hub."""
-    root = os.environ.get("KDLIB_DATA")
-    paths = [Path(root) / source[part]["local"] for part in ("pretrain", "train", "test")] if root else []
-    return {p.name: file_hash(p) for p in paths if p.is_file()} or None
+    parts = [s for d in (sources, *sources.get("domains", {}).values()) for s in d.values() if isinstance(s, dict) and "local" in s]
+    paths = [path for s in parts if (path := find(s))]
+    return {p.name: file_hash(p) for path in paths for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file()} or None
 
 
 def _plain(source: dict) -> list[str]:
-    rows = load_rows(source)
-    if odd := next((i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), 0):
-        name = source["local" if os.environ.get("KDLIB_DATA") else "hub"]
-        raise ValueError(f"{name}, row {odd} has no 'text'; its columns are {sorted(rows[odd - 1])}.")
-    return [row["text"] for row in rows if row["text"].strip()]
-
-
-def _conversations(source: dict) -> tuple[dict[str, dict], int]:
-    """Rows by prompt, the first of each, and how many were read."""
-    rows, out = load_rows(source), {}
-    for row in rows:
-        messages = to_messages(row, f"{source['local' if os.environ.get('KDLIB_DATA') else 'hub']}: ")
-        found = source.get("category_in_id") and re.match(source["category_in_id"], str(row.get("id")))
-        kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
-        prompt = "\n".join(m["content"].strip() for m in messages if m["role"] != "assistant")
-        out.setdefault(prompt, {"id": str(row.get("id")), "messages": messages, "skill": kind, "suite": "seen"})
-    return out, len(rows)
+    out, name = [], str(source.get("local") or source["hub"])
+    for row, where in (parse(raw, i, name) for i, raw in enumerate(load_rows(source))):
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{where} has no 'text'; its columns are {sorted(row)}.")
+        out += [row["text"]] if row["text"].strip() else []
+    return out

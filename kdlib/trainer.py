@@ -1,5 +1,7 @@
 """DistillationTrainer: ``transformers.Trainer`` with a teacher; supervised fine-tuning is ``alpha=0``."""
 
+import math
+import os
 import random
 from dataclasses import replace
 from itertools import chain
@@ -124,13 +126,27 @@ class DistillationTrainer(Trainer):
 
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
-          teacher=None, objective: Objective | None = None, warmup: float = 0.05, **arguments) -> dict:
+          teacher=None, objective: Objective | None = None, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None,
+          save_to: str | Path | None = None, **arguments) -> dict:
     """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log. ``rows`` holds ``steps *
     batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
-    the steps, then linear decay to zero. Further ``arguments`` go to ``TrainingArguments``.
+    the steps, then linear decay to zero. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
+    which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    parts = math.ceil(batch_size / ranks / (micro_batch or batch_size))
+    if batch_size % (ranks * parts):
+        raise ValueError(f"batch_size={batch_size} does not split over {ranks} processes into {parts} equal parts; allowed: a multiple of both.")
+    whole = model
+    if lora is not None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ValueError("lora needs the package peft; pip install 'kdlib[lora]', or train all weights.") from error
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     args = TrainingArguments(
-        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size // ranks // parts, learning_rate=learning_rate,
+        gradient_accumulation_steps=parts, seed=seed, use_cpu=not torch.accelerator.is_available(),
         lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=0.0, train_sampling_strategy="sequential",
         remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available(), report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, **arguments)
@@ -138,5 +154,10 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
                                   processing_class=tokenizer, teacher=teacher, objective=objective)
     trainer.remove_callback(PrinterCallback)
     metrics = trainer.train().metrics
-    model.eval()
+    if lora is not None:
+        model.merge_and_unload()  # into the very modules of the model given
+    if save_to is not None:
+        trainer.model, trainer.model_wrapped = (whole, whole) if lora is not None else (trainer.model, trainer.model_wrapped)
+        trainer.save_model(str(save_to))
+    whole.eval()
     return metrics

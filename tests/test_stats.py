@@ -146,6 +146,15 @@ def test_item_interval_leaves_the_unseen_suite_out():
     assert found.n == 3 and found.estimate == pytest.approx((0.5 + 1) / 2)
 
 
+@pytest.mark.parametrize("metric, n", [(ACC, 4), (BPB, 2)], ids=["accuracy", "bits"])
+def test_item_interval_leaves_out_items_without_the_metric(metric, n):
+    shared = {"id": list("abcdef"), "suite": ["seen"] * 6, "skill": list("sstuvv"), "bytes": [None] * 4 + [2, 6]}
+    kd, sft = ({**shared, "correct": [right, right, 0.0, 1.0, None, None], "nll": [None] * 4 + [bits * math.log(2)] * 2}
+               for right, bits in ((1.0, 1), (0.25, 2)))
+    found = stats.item_interval([{"method": "kd", "items": kd}, {"method": "sft", "items": sft}], metric)
+    assert found.estimate == pytest.approx(0.25) and found.n == n
+
+
 def test_item_interval_of_bits_is_the_gap_in_bits_per_byte():
     bits = {("sft", 0): [30.0, 8.0, 100.0], ("kd", 0): [24.0, 9.0, 80.0]}
     assert stats.item_interval(of_items(bits, ["all"] * 3, [10, 4, 26]), BPB).estimate == pytest.approx((138 - 113) / 40)

@@ -83,7 +83,7 @@ def test_a_failed_build_leaves_nothing_and_is_made_again(tmp_path):
 
 def test_what_a_killed_build_left_is_swept_away(tmp_path):
     path = store.artefact_path(tmp_path, "thing", {"a": 1})
-    leftover = path.parent / f".{path.name}.dead"
+    leftover = path.parent / f".{path.name}.unfinished"
     leftover.mkdir(parents=True)
     store.artefact(tmp_path, "thing", {"a": 1}, _slow_build)
     assert not leftover.exists() and path.is_dir()

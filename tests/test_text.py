@@ -2,14 +2,19 @@ import gzip
 import json
 
 import pytest
+from datasets import Dataset
 
 from kdlib import text
+from kdlib.presets import PRESETS
+
+DOMAINS = PRESETS["realtext"].source["domains"]
 
 DOLLY = [{"instruction": f"Say {i}", "context": "in French" if i % 2 else "", "response": f"answer {i}", "category": "open_qa"}
          for i in range(200)]
 
 
 def write(path, rows, opener=open):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with opener(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     return path
@@ -45,10 +50,25 @@ def local(name, **more):
     return {"local": name, "hub": "someone/something", **more}
 
 
-def test_json_lines_plain_and_gzip_read_the_same(tmp_path):
-    rows = [{"a": "ü"}, {"a": 2}]
-    assert text.read_jsonl(write(tmp_path / "x.jsonl", rows)) == rows
-    assert text.read_jsonl(write(tmp_path / "x.jsonl.gz", rows, gzip.open)) == rows
+def rows_of(source):
+    return [text.parse(row, i, "x")[0] for i, row in enumerate(text.load_rows(source))]
+
+
+def test_json_lines_parquet_and_folders_read_the_same(tmp_path):
+    rows = [{"id": str(i), "messages": messages(i)} for i in range(5)]
+    write(tmp_path / "x.jsonl", rows)
+    write(tmp_path / "x.jsonl.gz", rows, gzip.open)
+    Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    for name, part in (("one", rows[:2]), ("two", rows[2:])):
+        write(tmp_path / "folder" / f"{name}.jsonl", part)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    found = [text.conversations({"local": str(tmp_path / name)})[0].to_list() for name in ("x.jsonl", "x.jsonl.gz", "x.parquet", "folder", "saved")]
+    assert len(found[0]) == 5 and all(f == found[0] for f in found)
+
+
+def test_many_processes_give_the_same_rows(folder):
+    once, twice = (text.conversations(local("train.jsonl.gz"), num_proc=n) for n in (1, 2))
+    assert once[0].to_list() == twice[0].to_list() and once[1] == twice[1]
 
 
 @pytest.mark.parametrize("content, line", [(b'{"a": 1}\n{"a": \n', 2), (b'{"a": 1}\n{"a": 2}\n{"a": "\xff"}\n', 3),
@@ -56,19 +76,23 @@ def test_json_lines_plain_and_gzip_read_the_same(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, content, line):
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line {line}: not a JSON object"):
-        text.read_jsonl(tmp_path / "bad.jsonl")
+        rows_of({"local": str(tmp_path / "bad.jsonl")})
+    (tmp_path / "whole.jsonl").write_bytes(json.dumps({"messages": messages(0)}).encode() + b"\n" + b'{"messages"\n')
+    with pytest.raises(ValueError, match=r"whole\.jsonl, line 2: not a JSON object"):
+        text.conversations({"local": str(tmp_path / "whole.jsonl")})
 
 
 def test_a_truncated_gzip_is_named(tmp_path):
     path = write(tmp_path / "x.jsonl.gz", DOLLY, gzip.open)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"x\.jsonl\.gz, line \d+"):
-        text.read_jsonl(path)
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz, line \d+: the archive is broken"):
+        text.load_rows({"local": str(path)})
 
 
-def test_local_rows_are_filtered(folder):
-    assert len(text.load_rows(local("train.jsonl.gz", where={"source": "mine"}))) == 81
-    assert len(text.load_rows(local("train.jsonl.gz"))) == 101
+def test_local_rows_are_filtered_and_no_conversation_comes_twice(folder):
+    some, report = text.conversations(local("train.jsonl.gz", where={"source": "mine"}))
+    assert report == {"rows_read": 81, "empty_answers_dropped": 0, "duplicates_dropped": 1} and len(some) == 80
+    assert len(text.conversations(local("train.jsonl.gz"))[0]) == 100
 
 
 def test_a_missing_local_file_names_both_remedies(folder):
@@ -108,6 +132,27 @@ def test_dolly_columns_become_messages():
         text.to_messages({"id": 7, "prompt": "a"})
 
 
+@pytest.mark.parametrize("row", [
+    {"instruction": "Add.", "input": "1 2", "output": "3"}, {"prompt": "Add.\n\n1 2", "completion": "3"},
+    {"prompt": [{"role": "user", "content": "Add.\n\n1 2"}], "completion": [{"role": "assistant", "content": "3"}]},
+    {"messages": [{"role": "user", "content": "Add.\n\n1 2", "name": None}, {"role": "assistant", "content": "3"}]}])
+def test_other_columns_become_the_same_messages(row):
+    assert text.to_messages(row) == [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
+
+
+def test_the_hubs_columns_of_the_domains_become_what_the_local_copies_hold():
+    maths, medical = (DOMAINS[name]["train"] for name in ("maths", "medical"))
+    row = {"question": "How many?", "answer": "He has 48/2 = <<48/2=24>>24.\n#### 24"}
+    asked, said = (m["content"] for m in text.to_messages(row, source=maths))
+    assert asked.startswith("How many?\n\nSolve the problem step by step") and said == "He has 48/2 = 24.\n\nAnswer: 24"
+    row = {"question": "Does it help?", "context": {"contexts": ["It did.", "Much."], "labels": ["BACKGROUND", "RESULTS"]},
+           "long_answer": "It helps.", "final_decision": "yes"}
+    asked, said = (m["content"] for m in text.to_messages(row, source=medical))
+    assert asked.startswith("Background: It did.\nResults: Much.\n\nQuestion: Does it help?\n\nAnswer from the abstract above")
+    assert said == "It helps.\n\nAnswer: yes" and text.verifier(0)({"answer": "yes"}, "So it is.\n\nAnswer: yes.\n") is True
+    assert text.verifier(0)({"answer": "yes"}, "Answer: no") is False and text.verifier(0)({"answer": None}, "Answer: no") is None
+
+
 def test_corpus_keeps_held_out_prompts_out_of_training(folder):
     corpus = text.corpus(0, pretrain=local("plain.jsonl"), train=local("train.jsonl.gz", where={"source": "mine"},
                                                                        category_in_id=r"set-(\w+)-"),
@@ -117,7 +162,7 @@ def test_corpus_keeps_held_out_prompts_out_of_training(folder):
     assert not prompts["train"] & prompts["validation"]
     held = {f"Ask {i}" for i in range(70, 90)}
     assert not (prompts["train"] | prompts["validation"]) & held and prompts["test"] <= held
-    assert corpus.report == {"rows_read": 81, "duplicate_prompts_dropped": 1, "held_out_prompts_dropped": 10}
+    assert corpus.report == {"train": {"rows_read": 81, "empty_answers_dropped": 0, "duplicates_dropped": 1, "held_out_prompts_dropped": 10}}
     assert corpus.pretrain() == ["It was a night.", "It was a day."]
     assert set(corpus.sets["train"]["skill"]) == {"open_qa"} and corpus.vocabulary is None
 
@@ -126,7 +171,7 @@ def test_corpus_from_a_hub_id_holds_out_one_prompt_in_twenty(hub):
     source = {"hub": hub, "local": "x.jsonl", "where": {"source": "dolly_15k"}}
     corpus = text.corpus(0, pretrain={"hub": hub, "local": "x"}, train=source, test={"local": "y.jsonl"}, validation_rows=20,
                          test_rows=500)
-    assert 1 <= len(corpus.sets["test"]) <= 25 and len(corpus.sets["train"]) + len(corpus.sets["test"]) + 20 == 200
+    assert len(corpus.sets["test"]) == 10 and len(corpus.sets["train"]) + len(corpus.sets["test"]) + 20 == 200
     assert set(corpus.sets["train"]["skill"]) == {"open_qa"}
     again = text.corpus(0, pretrain={"hub": hub, "local": "x"}, train=source, test={"local": "y.jsonl"}, validation_rows=20,
                         test_rows=500)
@@ -134,26 +179,26 @@ def test_corpus_from_a_hub_id_holds_out_one_prompt_in_twenty(hub):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "messages must be objects"),
-    ({"messages": "a"}, "messages must be objects"), ({"messages": ["a"]}, "messages must be objects"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "one of them an assistant's"),
-    ({"response": "a"}, "no 'messages' and no 'instruction' with 'response'")])
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "needs messages that are objects"),
+    ({"messages": "a"}, "needs messages that are objects"), ({"messages": ["a"]}, "needs messages that are objects"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "has no assistant's turn"),
+    ({"response": "a"}, "no 'messages' and no 'instruction' or 'prompt' with an answer")])
 def test_a_row_without_a_conversation_is_named_with_its_file(folder, row, message):
     write(folder / "odd.jsonl", [{"id": "fine", "messages": messages(1)}, {"id": "x", **row}])
-    with pytest.raises(ValueError, match=rf"odd\.jsonl: Row 'x'.*{message}"):
+    with pytest.raises(ValueError, match=rf"odd\.jsonl, line 2: row 'x'.*{message}"):
         text.corpus(0, pretrain=local("plain.jsonl"), train=local("odd.jsonl"), test=local("test.jsonl"), validation_rows=1, test_rows=1)
 
 
 def test_plain_rows_without_text_are_named(folder):
     corpus = text.corpus(0, pretrain=local("test.jsonl"), train=local("train.jsonl.gz"), test=local("test.jsonl"),
                          validation_rows=1, test_rows=1)
-    with pytest.raises(ValueError, match=r"test\.jsonl, row 1 has no 'text'; its columns are \['id', 'messages', 'source'\]"):
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1 has no 'text'; its columns are \['id', 'messages', 'source'\]"):
         corpus.pretrain()
 
 
 def test_a_source_without_a_matching_row_is_named(folder):
     with pytest.raises(ValueError, match=r"test\.jsonl has no row with source='dolly' among its 20"):
-        text.load_rows(local("test.jsonl", where={"source": "dolly"}))
+        text.conversations(local("test.jsonl", where={"source": "dolly"}))
 
 
 def test_rows_that_share_a_system_prompt_are_not_duplicates(folder):
@@ -163,4 +208,34 @@ def test_rows_that_share_a_system_prompt_are_not_duplicates(folder):
     write(folder / "system.jsonl", [*rows, rows[0], turn])
     corpus = text.corpus(0, pretrain=local("plain.jsonl"), train=local("system.jsonl"), test=local("test.jsonl"),
                          validation_rows=1, test_rows=1)
-    assert corpus.report["duplicate_prompts_dropped"] == 1 and len(corpus.sets["train"]) == 6
+    assert corpus.report["train"]["duplicates_dropped"] == 1 and len(corpus.sets["train"]) == 6
+
+
+def test_a_row_that_answers_nothing_is_left_out_and_counted(folder):
+    empty = {"id": "e", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " \n"}]}
+    write(folder / "some.jsonl", [empty, *({"id": str(i), "messages": messages(i)} for i in range(3))])
+    write(folder / "none.jsonl", [empty])
+    rows, report = text.conversations(local("some.jsonl"))
+    assert len(rows) == 3 and report["empty_answers_dropped"] == 1
+    with pytest.raises(ValueError, match="none.jsonl has no row among its 1 that says something"):
+        text.conversations(local("none.jsonl"))
+
+
+def test_a_domain_has_annotations_and_a_pool_without_answers(folder):
+    write(folder / "own.jsonl", [{"id": str(i), "messages": [{"role": "user", "content": f"own {i}"}, {"role": "assistant", "content": f"so.\n\nAnswer: {i}"}]}
+                                 for i in range(80)])
+    write(folder / "own_test.jsonl", [{"id": f"t{i}", "messages": [{"role": "user", "content": f"own {i}"}, {"role": "assistant", "content": f"Answer: {i}"}]}
+                                      for i in range(20)])
+    write(folder / "asked.jsonl", [{"id": f"q{i}", "messages": [{"role": "user", "content": f"asked {i}"}]} for i in range(30)])
+    d = {"train": local("own.jsonl"), "test": local("own_test.jsonl"), "validation_rows": 10, "test_rows": 15, "annotated_rows": 20, "unlabelled_rows": 25}
+    sets = text.corpus(0, train=local("train.jsonl.gz"), test=local("test.jsonl"), validation_rows=5, test_rows=5,
+                       domains={"own": d, "other": {**d, "pool": local("asked.jsonl")}}).sets
+    prompts = {name: {m[-2]["content"] for m in rows["messages"]} for name, rows in sets.items()}
+    assert {n: len(p) for n, p in prompts.items() if "/" in n} == {
+        "own/train": 20, "own/validation": 10, "own/test": 15, "own/pool": 25, "other/train": 20, "other/validation": 10, "other/test": 15, "other/pool": 25}
+    for name in ("own", "other"):
+        held = prompts[f"{name}/test"] | prompts[f"{name}/validation"]
+        assert not held & (prompts[f"{name}/train"] | prompts[f"{name}/pool"])
+        assert {m[-1]["content"] for m in sets[f"{name}/pool"]["messages"]} == {""}
+    assert all(p.startswith("asked") for p in prompts["other/pool"]) and sets["own/train"][0]["answer"].isdigit()
+    assert {*sets["train"]["answer"]} == {None} and None not in sets["own/pool"]["answer"]  # to count right labels, for nobody to learn

@@ -32,9 +32,9 @@ def distance(a, b):
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
-def fit(model, rows, tmp_path, tokenizer, *, steps=3, batch_size=8, rows_a_step=0, teacher=None, alpha=0.0, temperature=1.0, **more):
+def fit(model, rows, tmp_path, tokenizer, *, steps=3, batch_size=8, teacher=None, alpha=0.0, temperature=1.0, **more):
     model = copy.deepcopy(model)
-    trainer.train(model, tokenizer, [rows[i] for i in range(steps * (rows_a_step or batch_size))], steps=steps, teacher=teacher and Live(teacher, tokenizer),
+    trainer.train(model, tokenizer, [rows[i] for i in range(steps * batch_size)], steps=steps, teacher=teacher and Live(teacher, tokenizer),
                   objective=Objective(alpha, temperature=temperature),
                   **{"batch_size": batch_size, "learning_rate": 1e-3, "seed": 0, "output_dir": tmp_path, **more})
     return weights(model)
@@ -122,7 +122,7 @@ def test_micro_batches_change_nothing_though_their_answers_differ_in_length(stud
     # Plain gradient descent: Adam would hide a wrong scale.
     options = {"alpha": alpha, "teacher": teacher if alpha else None, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     whole = fit(student, ordered, tmp_path, tokenizer, **options)
-    split = fit(student, ordered, tmp_path, tokenizer, batch_size=2, gradient_accumulation_steps=4, rows_a_step=8, **options)
+    split = fit(student, ordered, tmp_path, tokenizer, micro_batch=2, **options)
     assert distance(whole, weights(student)) > 1e-3
     assert distance(whole, split) < 1e-6
 

@@ -1,0 +1,76 @@
+"""Distillation of your own models on your own data, in one call: :func:`distill`."""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+from kdlib import models, results, runner, stages, stats, store, study
+from kdlib.losses import Objective
+from kdlib.presets import METRICS, Preset, check
+
+CARD = """---
+base_model: {student}
+library_name: transformers
+pipeline_tag: text-generation
+datasets: [{dataset}]
+tags: [knowledge-distillation, kdlib]
+---
+# {student}, distilled from {teacher}
+
+Trained by kdlib {version} on {rows:,} conversations of `{dataset}`: {alpha:g} of the loss is {kind} to `{teacher}`, at temperature {temperature:g}.
+
+Held-out human answers, {label}, mean over {n} paired seeds: KD {kd:.4f}, SFT on the same rows {sft:.4f}, untuned {untuned:.4f}.
+SFT − KD: {gap:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]. This model is the one of seed {seed}.
+
+Settings: {settings}
+"""
+
+
+def distill(student: str, teacher: str, dataset: str, output_dir: str | Path, *, revision: str | None = None, split: str = "train",
+            template: str | None = None, max_length: int = 1024, epochs: float = 1, batch_size: int = 16, learning_rate: float | dict = 1e-5,
+            seeds: Sequence[int] = (0, 1, 2), validation_rows: int = 0, test_rows: int = 200, cache: dict | None = None, training: dict | None = None,
+            alpha: float = 1.0, kind: str = "forward_kl", temperature: float = 1.0, workers: int = 1) -> SimpleNamespace:
+    """Tune ``student`` on ``dataset`` by SFT and by KD from ``teacher``, with ``seeds`` that pair them, compare them on held-out rows, and save
+    the KD model of the first seed in ``output_dir/model``, with a model card, for plain ``transformers``.
+
+    Models are folders or hub ids; the dataset is a hub id, a JSON-lines or Parquet file, or a folder of them, as :mod:`kdlib.text` reads it. Both
+    models read the same tokens, in chat ``template`` (tulu, chatml; None: the student's own, which must mark what the assistant says).
+    ``learning_rate`` is one for both or ``{"sft": …, "kd": …}``; ``cache`` and ``training`` are as in presets.toml. All that is finished in
+    ``output_dir`` is kept, so a call that was stopped goes on. Returns ``model`` (its folder), ``frame`` (one row a run), ``gap`` (an
+    :class:`~kdlib.stats.Interval` of SFT − KD in bits per byte) and ``records``. ValueError, before any training, on what does not fit.
+    """
+    root, metric = store.open_folder(output_dir), METRICS["bits_per_byte"]
+    seeds = check("seeds", list(seeds), list, "at least two different whole numbers", lambda v: len(set(v)) == len(v) >= 2)
+    check("epochs", epochs, float, "a number above 0", lambda v: v > 0)
+    objective = vars(Objective(alpha=alpha, kind=kind, temperature=temperature))
+    models.common_vocabulary(*(models.load_tokenizer(n, template=template) for n in (student, teacher)), *map(models.width, (student, teacher)))
+    rates = learning_rate if isinstance(learning_rate, dict) else {"sft": learning_rate, "kd": learning_rate}
+    here = Path(dataset).expanduser()
+    source = {"local": str(here.resolve())} if here.exists() else {"hub": dataset, "revision": revision, "split": split}
+    preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
+                    train_rows=10**9, max_length=max_length, max_new_tokens=128, vocab_size=0, batch_size=batch_size, seeds=seeds,
+                    bases={"student": {"hub": student, "revision": None}}, teachers={"base": {"hub": teacher, "revision": None}},
+                    tokenizer={"name": student, "revision": None, "template": template}, domain={}, worlds=[0], metric=metric.name,
+                    learning_rate={m: {1: rates[m]} for m in ("sft", "kd")}, training=training or {},
+                    cache=cache or {"form": "top_k", "k": 64, "dtype": "float16"})
+    report = json.loads((stages.make(root, study.data_spec(preset, 0)) / "report.json").read_text(encoding="utf-8"))["train"]
+    preset.budgets = [rows := report["rows"] - report["rows_dropped"]]
+    preset.steps = math.ceil(epochs * rows / batch_size)
+    runs = study.grid(preset, "data_budget", 0, kd={k: objective[k] for k in ("alpha", "kind", "temperature")})
+    folder, todo = root / "model", stages.tasks(runs, root, metric.name)
+    first = next(config for labels, config in runs if (labels["method"], labels["seed"]) == ("kd", seeds[0]))
+    todo = {partial(*(t.func, *t.args), keep=folder) if first in t.args else t: cost for t, cost in todo.items()}
+    runner.compute(todo, workers)
+    records = results.read_records(root, "own", [results.run_id(c) for _, c in runs])
+    frame = results.frame(records)
+    gap, means = stats.paired_interval(stats.paired_gaps(frame, metric).gap), frame.groupby("method")[metric.name].mean()
+    settings = {"steps": preset.steps, "batch_size": batch_size, "learning_rate": rates, "max_length": max_length, **preset.training}
+    card = CARD.format(student=student, teacher=teacher, dataset=dataset, rows=rows, alpha=alpha, kind=kind.replace("_", " "), label=metric.label,
+                       temperature=temperature, n=gap.n, kd=means.kd, sft=means.sft, untuned=frame[f"untuned_{metric.name}"].iloc[0], low=gap.low,
+                       gap=gap.estimate, high=gap.high, seed=seeds[0], version=version("kdlib"), settings=json.dumps(settings))
+    store.write_atomic(folder / "README.md", card)
+    return SimpleNamespace(model=folder, frame=frame, gap=gap, records=records)
