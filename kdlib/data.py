@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from transformers.utils import logging
 
 IGNORE = -100
+disable_progress_bars()  # notebooks store what is printed
+logging.disable_progress_bar()
 
 
 @dataclass

@@ -31,8 +31,10 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -
     """By response token: ``row``, ``nll`` (nats), ``confidence``, ``correct``; with a ``teacher`` its nll, entropy, and ``agree``."""
     collate, parts = Collator(pad_token_id), []
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
-    for start in range(0, len(order), 64):
-        chunk = order[start:start + 64]
+    longest = max((len(r["input_ids"]) for r in rendered), default=1)
+    size = max(1, min(64, 2**28 // (longest * model.config.vocab_size)))  # rows whose logits are held at once
+    for start in range(0, len(order), size):
+        chunk = order[start:start + size]
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
         mask, targets = response_rows(batch)
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
@@ -66,7 +68,7 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     """``(metrics, items)`` of a model on rendered held-out ``rows``, ``clean`` with faultless answers; items hold a value a row."""
     metrics: dict = {"accuracy": None, "accuracy_unseen": None}
     items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
-    if verify:
+    if verify and any(answer is not None for answer in rows["answer"]):
         items["correct"] = accuracy(model, tokenizer, rows, verify, max_new_tokens)
         means = pd.Series(items["correct"], dtype=float).groupby([items["suite"], items["skill"]]).mean().dropna()
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):

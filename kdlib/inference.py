@@ -139,12 +139,14 @@ def keeps_rows_apart(model) -> bool:
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, temperature: float = 0.0,
-             batch_size: int = 256, vocabulary: int | None = None) -> list[list[int]]:
+             batch_size: int | None = None, vocabulary: int | None = None) -> list[list[int]]:
     """Answers (token ids, with the end token if it came) to ``prompts``, greedy at temperature 0, else sampled, below ``vocabulary``."""
     answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None
     inner = getattr(model, "get_base_model", lambda: model)()  # of adapters, which write to it
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    batch_size = batch_size or max(1, min(256, 2**17 // longest))  # so many tokens' keys and values are held
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         ids, seen = (pad_sequence([torch.tensor(row(prompts[i])) for i in chunk], True, filler, "left").to(model.device)

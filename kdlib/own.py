@@ -32,7 +32,7 @@ Settings: {settings}
 
 def distill(student: str, teacher: str, dataset: str, output_dir: str | Path, *, revision: str | None = None, split: str = "train",
             template: str | None = None, max_length: int = 1024, epochs: float = 1, batch_size: int = 16, learning_rate: float | dict = 1e-5,
-            seeds: Sequence[int] = (0, 1, 2), validation_rows: int = 0, test_rows: int = 200, cache: dict | None = None, training: dict | None = None,
+            seeds: Sequence[int] = (0, 1, 2), validation_rows: int = 50, test_rows: int = 200, cache: dict | None = None, training: dict | None = None,
             alpha: float = 1.0, kind: str = "forward_kl", temperature: float = 1.0, workers: int = 1) -> SimpleNamespace:
     """Tune ``student`` on ``dataset`` by SFT and by KD from ``teacher``, with ``seeds`` that pair them, compare them on held-out rows, and save
     the KD model of the first seed in ``output_dir/model``, with a model card, for plain ``transformers``.

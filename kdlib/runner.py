@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -51,6 +52,15 @@ def _quiet() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     gc.freeze()  # what is imported stays, so that no collection of garbage looks through it again
+
+
+def launch(configuration: str, module: str, *arguments: str) -> None:
+    """Run a module in the processes that an Accelerate ``configuration`` asks for. RuntimeError, with what it said, if it fails."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines() or ["it said nothing"]
+        raise RuntimeError(f"Training with KDLIB_LAUNCH={configuration!r} failed: {said[0].strip()}")
 
 
 class Ray(Executor):

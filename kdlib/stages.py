@@ -13,7 +13,6 @@ import math
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,21 +23,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_from_disk
-from transformers.utils import logging
+from datasets import Dataset, load_from_disk
 
-from kdlib import data, evaluate, harness, lab, labels, models, results, store, teachers, text, trainer
+from kdlib import data, evaluate, harness, lab, labels, models, results, runner, store, teachers, text, trainer
 from kdlib.losses import Objective
 from kdlib.presets import METRICS
-
-disable_progress_bars()  # writing an artefact is a matter of milliseconds, and notebooks store what is printed
-logging.disable_progress_bar()
 
 SOURCES = {"lab": lab, "text": text}
 TRAINED = {"dtype": torch.float32}  # whatever the dtype of the file, since small steps vanish in bfloat16
 CACHE = {"form": "hidden", "dtype": "float32"}  # of targets: exact, so that runs differ from live ones by rounding
-COSTS = {"data": 0.0, "base": 30.0, "model": 8.0, "targets": 1.0, "answers": 8.0}  # of making one, where a run costs 2
-KINDS = {"source": "data", "pretrain": "base", "hub": "base", "phases": "model", "cache": "targets", "by": "answers"}  # of artefacts, by a key
+COSTS = {"data": 0.0, "base": 30.0, "model": 8.0, "targets": 1.0, "answers": 8.0, "scores": 8.0}  # of making one, where a run costs 2
+KINDS = {"source": "data", "pretrain": "base", "hub": "base", "phases": "model", "cache": "targets", "by": "answers", "of": "scores"}  # of artefacts, by a key
 
 
 def data_of(spec: dict) -> dict:
@@ -56,7 +51,9 @@ def made_from(spec: dict) -> list[dict]:
     """The specifications of what an artefact or a run is made from directly."""
     phases = spec.get("phases", [])
     said = [part["said"] for rows in (spec.get("rows", []), *(p["rows"] for p in phases)) for part in rows if "said" in part]
-    return [spec[k] for k in ("data", "start", "by", "teacher") if k in spec] + said + [targets_of(p) for p in phases if p["teacher"]]
+    scored = [{"of": model, "tasks": tasks} for model in (spec["start"], teacher_of(spec)) if model] if (
+        tasks := spec.get("evaluate", {}).get("tasks")) else []
+    return [spec[k] for k in ("data", "start", "by", "teacher", "of") if k in spec] + said + [targets_of(p) for p in phases if p["teacher"]] + scored
 
 
 def open_model(root: Path, spec: dict, **how):
@@ -73,7 +70,8 @@ def path(root: Path, spec: dict) -> Path:
 
 def make(root: Path, spec: dict) -> Path:
     """Make an artefact, and all that it is made from, unless it is there, and return its folder."""
-    build = {"data": _build_data, "base": _build_model, "model": _build_model, "targets": _build_targets, "answers": _build_answers}
+    build = {"data": _build_data, "base": _build_model, "model": _build_model, "targets": _build_targets, "answers": _build_answers,
+             "scores": _build_scores}
     kind, origin = path(root, spec).name.split("-")[0], _source(spec, "origin")() if "source" in spec else None
     return store.artefact(root, kind, spec, partial(build[kind], root, spec), origin, resumes=kind in ("targets", "answers"))
 
@@ -188,11 +186,7 @@ def _launch(root: Path, model, tokenizer, phase: dict, spec: dict) -> float:
         model.to("cpu").save_pretrained(scratch / "before")
         tokenizer.save_pretrained(scratch / "before")
         (scratch / "job.json").write_text(json.dumps([str(root), phase, spec]), encoding="utf-8")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", os.environ["KDLIB_LAUNCH"], "-m", "kdlib.stages", name]
-        done = subprocess.run(launch, capture_output=True, text=True)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines() or ["nothing was said"]
-            raise RuntimeError(f"Training with KDLIB_LAUNCH={os.environ['KDLIB_LAUNCH']!r} failed: {said[0].strip()}")
+        runner.launch(os.environ["KDLIB_LAUNCH"], "kdlib.stages", name)
         model.load_state_dict(models.load(scratch / "after", device="cpu")[0].state_dict())
         model.to(models.device()).eval()
         return json.loads((scratch / "loss.json").read_text())
@@ -239,6 +233,11 @@ def _build_targets(root: Path, spec: dict, folder: Path) -> None:
     teachers.write_cache(folder, model, tokenizer, read_rows(root, spec["rows"], data_of(spec["teacher"]))[0], **spec["cache"])
 
 
+def _build_scores(root: Path, spec: dict, folder: Path) -> None:
+    scored, _ = harness.harness(*open_model(root, spec["of"]), spec["tasks"])
+    (folder / "evaluation.json").write_text(json.dumps(scored), encoding="utf-8")
+
+
 def teacher_of(config: dict) -> dict | None:
     """The last teacher of a run, by its targets or by its words; None if it has none."""
     return ([None] + [t for p in config["phases"] for t in (p["teacher"], *(r.get("said", {}).get("by") for r in p["rows"])) if t])[-1]
@@ -265,8 +264,8 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
     trained, clean = time.perf_counter(), known.rows(split, "clean")
     metrics, items = _score(student, known, split, teacher=teacher, clean=clean and clean.select_columns(["input_ids", "labels"]).to_list())
     metrics["train_loss"] = loss
-    if config["evaluate"].get("tasks"):
-        scored, more = harness.harness(student, known.tokenizer, config["evaluate"]["tasks"])
+    if tasks := config["evaluate"].get("tasks"):
+        scored, more = harness.harness(student, known.tokenizer, tasks)
         metrics, items = metrics | scored, {k: [*items.get(k, [None] * len(items["id"])), *more[k]] for k in more}
     if "/" in split:  # a domain's rows: what is left of the general skills?
         general, _ = _score(student, known, split.split("/")[1])
@@ -274,7 +273,9 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
     if judged := next(filter(None, (read_rows(root, phase["rows"], spec)[2] for phase in config["phases"])), None):
         metrics["label_accuracy"] = sum(judged) / len(judged)
     for name, model in (("untuned", config["start"]), ("teacher", tuned)):
-        own = json.loads((path(root, model) / "evaluation.json").read_text(encoding="utf-8"))[split] if model else {}
+        own = json.loads((make(root, model) / "evaluation.json").read_text(encoding="utf-8"))[split] if model else {}
+        if model and tasks:
+            own |= json.loads((make(root, {"of": model, "tasks": tasks}) / "evaluation.json").read_text(encoding="utf-8"))
         metrics |= {f"{name}_{k}": v for k, v in own.items()}
     lengths = [(len(row["input_ids"]), sum(t != data.IGNORE for t in row["labels"][1:])) for rows in seen for row in rows]
     made = {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}

@@ -25,7 +25,6 @@ class Plan:
     standard: bool
     train_missing: bool
     workers: int
-    dry_run: bool = False
 
     configs = property(lambda self: [c for _, c in self.runs], doc="The runs' configurations, in the order of the grid.")
     ids = property(lambda self: [results.run_id(c) for c in self.configs], doc="The run ids, in that order.")
@@ -49,7 +48,9 @@ def check_names(namespace: dict, allowed) -> None:
 
 
 def plan(experiment: str, namespace: dict) -> Plan:
-    """The plan that a notebook's ``globals()`` ask for, the rest by default; ValueError, in one sentence, if a parameter is wrong."""
+    """The plan that a notebook's ``globals()`` ask for, the rest by default; ValueError, in one sentence, if a parameter is wrong. A dry run
+    prints what the plan would take, and ends there (SystemExit).
+    """
     check_names(namespace, PARAMETERS[experiment])
     given = {n: namespace[n] for n in PARAMETERS[experiment] if n in namespace}
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
@@ -84,8 +85,13 @@ def plan(experiment: str, namespace: dict) -> Plan:
         domains = check("domains", given.get("domains", []), list, f"a list of {', '.join(usual['names'])}", lambda v: all(n in usual["names"] for n in v))
         chosen = {"domains": domains, "pools": numbers("pools", 1, usual["pool_rows"], f"{usual['pool_rows']}, the prompts of a pool")}
     runs = grid(preset, experiment, world, budgets, seeds, **chosen)
-    return Plan(preset, tuple(runs), store.open_folder(folder or results.REPOSITORY / "results"),
-                runs == grid(PRESETS[name], experiment, world) and world in preset.worlds, train, workers or getattr(preset, "workers", 0), dry)
+    made = Plan(preset, tuple(runs), store.open_folder(folder or results.REPOSITORY / "results"),
+                runs == grid(PRESETS[name], experiment, world) and world in preset.worlds, train, workers or getattr(preset, "workers", 0))
+    if dry:
+        from kdlib import costs
+        costs.report(made)
+        raise SystemExit(0)
+    return made
 
 
 def data_spec(preset: Preset, world_seed: int) -> dict:
@@ -150,18 +156,12 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.model("student"),
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
         runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases,
-                              "evaluate": {"on": f"{domain}/{split}" if d else split, **({"tasks": preset.tasks} if hasattr(preset, "tasks") else {})}}))
+                              "evaluate": {"on": f"{domain}/{split}" if d else split, **({"tasks": preset.tasks} if hasattr(preset, "tasks") and not d else {})}}))
     return runs
 
 
 def run(plan: Plan) -> list[dict]:
-    """The records of ``plan``, in grid order; what is missing is computed first. ValueError if it may not be, or copies differ. A dry run says
-    what it would take, and ends there (SystemExit).
-    """
-    if plan.dry_run:
-        from kdlib import costs
-        costs.report(plan)
-        raise SystemExit(0)
+    """The records of ``plan``, in grid order; what is missing is computed first. ValueError if it may not be, or copies differ."""
     results.read_claims(plan.folder)
     found = results.read_records(plan.root, plan.preset.name, plan.ids)
     have = {r["run_id"] for r in found}

@@ -163,6 +163,8 @@ def split(train: dict, test: dict, *, validation_rows: int, test_rows: int) -> t
     prompts, taken = (r.with_format("numpy")["prompt"][:] for r in (rows, held))
     free = np.flatnonzero(~np.isin(prompts, taken))
     checks, rest = np.split(free, [min(validation_rows, len(free) // 4)])
+    if not min(len(tests), len(checks)):
+        raise ValueError(f"{train.get('local') or train['hub']} has {len(rows)} conversations of its own, too few to hold any out; allowed: 20 or more.")
     report["held_out_prompts_dropped"] = len(rows) - len(free)
     return {"train": rows.select(rest[~np.isin(prompts[rest], prompts[checks])]), "validation": rows.select(checks), "test": tests}, report
 
@@ -176,7 +178,7 @@ def corpus(world_seed: int, *, train: dict, test: dict, pretrain: dict | None = 
     report = {"train": train_report}
     for name, d in (domains or {}).items():
         own, report[name] = split(d["train"], d["test"], **{k: d[k] for k in ("validation_rows", "test_rows")})
-        pool, held = conversations({**d["train"], **d.get("pool", {}), "unanswered": True})[0], np.concatenate(
+        pool, held = conversations({**d.get("pool", d["train"]), "unanswered": True})[0], np.concatenate(
             [own[k].with_format("numpy")["prompt"][:] for k in ("validation", "test")])
         free = np.flatnonzero(~np.isin(pool.with_format("numpy")["prompt"][:], held))
         own |= {"train": own["train"].select(range(min(len(own["train"]), d["annotated_rows"]))), "pool": pool.select(free[-d["unlabelled_rows"]:])}

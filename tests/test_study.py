@@ -9,7 +9,7 @@ import pytest
 from tiny import SMOKE, TINY, changed, plan, sweep
 
 from kdlib import data, evaluate, models, results, stages, stats, store, study
-from kdlib.presets import ARMS, PRESETS, RECIPES
+from kdlib.presets import ARMS, METRICS, OPTIONAL, PRESETS, RECIPES
 
 
 def make(tmp_path, **parameters):
@@ -67,11 +67,9 @@ def test_the_standard_design_has_the_presets_folder_and_others_their_own(tmp_pat
 @pytest.mark.parametrize("experiment", [e for e in ARMS if e != "two_stage_domain"])
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_runs_of_a_seed_are_paired(preset, experiment):
-    if preset.lacks(experiment):
-        with pytest.raises(ValueError, match=rf"preset='{preset.name}' has no strong( and no weak)? teacher; allowed: smoke, lab\."):
-            study.plan(experiment, {"preset": preset.name})
-        return
-    runs, arms = study.grid(preset, experiment, 0), len(ARMS[experiment])
+    assert not preset.lacks(experiment)
+    arms = sum(teacher not in OPTIONAL or teacher in preset.teachers for _, teacher in ARMS[experiment])
+    runs = study.grid(preset, experiment, 0)
     assert len({results.run_id(c) for _, c in runs}) == len(runs) == arms * len(preset.budgets) * len(preset.seeds)
     for start in range(0, len(runs), arms):
         (labels, sft), *others = runs[start:start + arms]
@@ -82,7 +80,8 @@ def test_runs_of_a_seed_are_paired(preset, experiment):
             assert {k for k in plain if plain[k] != phase[k]} <= {"alpha", "teacher", "learning_rate", "rows"}
             assert (phase["teacher"] is None) == (other["method"] == "seq_kd") == ("said" in phase["rows"][0])
             assert {k: phase["rows"][0][k] for k in ("set", "budget", "seed")} == plain["rows"][0]
-    assert len({p["steps"] for _, c in runs for p in c["phases"]}) == 1
+    steps = {(labels["budget"], p["steps"]) for labels, c in runs for p in c["phases"]}
+    assert len(steps) == len(preset.budgets) and (len({n for _, n in steps}) == 1 or all(n == math.ceil(2 * b / 128) for b, n in steps))
     assert set(runs[0][1]) == {"start", "phases", "evaluate"}, "nothing that cannot change the result"
 
 
@@ -122,7 +121,6 @@ def test_recipes_of_a_domain_are_paired_and_train_as_many_steps(name):
 
 
 @pytest.mark.parametrize("parameters, message", [
-    ({"preset": "realtext"}, "preset='realtext' has no domain; allowed: smoke, lab"),
     ({"domains": ["bank"]}, r"domains=\['bank'\] is not allowed; allowed: a list of market, clinic"),
     ({"budgets": [10, 201]}, "budgets=.* from 1 to 200"), ({"pools": [10, 401]}, r"pools=.* from 1 to 400, the prompts of a pool"),
     ({"pools": [100]}, "at least two different")])
@@ -132,9 +130,14 @@ def test_bad_domain_parameters_are_named(tmp_path, parameters, message):
     assert not (tmp_path / "results").exists()
 
 
-def test_what_a_preset_lacks():
-    assert [PRESETS["smoke"].lacks(e) for e in ARMS] == [[]] * 4
-    assert [PRESETS["realtext"].lacks(e) for e in ("data_budget", "teacher_strength", "two_stage_domain")] == [[], ["strong", "weak"], ["domain"]]
+def test_what_a_preset_lacks(monkeypatch):
+    assert all(p.lacks(e) == [] for p in PRESETS.values() for e in ARMS)
+    bare = changed(SMOKE, teachers={"base": SMOKE.teachers["base"]}, domain={})
+    assert [bare.lacks(e) for e in ("data_budget", "teacher_strength", "two_stage_domain")] == [[], ["strong", "weak"], ["domain"]]
+    monkeypatch.setitem(study.PRESETS, "smoke", bare)
+    for experiment, lack in (("teacher_strength", "no strong and no weak teacher"), ("two_stage_domain", "no domain")):
+        with pytest.raises(ValueError, match=rf"preset='smoke' has {lack}; allowed: lab, realtext, realtext-gpu, paper, paper-qwen\."):
+            study.plan(experiment, {"preset": "smoke"})
 
 
 def test_the_words_of_a_domains_teacher_are_learned_and_what_is_forgotten_is_recorded(tmp_path):
@@ -199,7 +202,7 @@ def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
     chosen = [r for r in tiny_records if r["budget"] == 20 and r["seed"] == 1]
     root = store.open_folder(tmp_path / "again")
     for wanted in chosen:
-        stages.execute(root, labels_of(wanted), wanted["config"])
+        stages.execute(root, labels_of(wanted), wanted["config"], "accuracy")
         again = results.read_record(results.record_path(root, "tiny", wanted["run_id"]))
         assert again["metrics"] == wanted["metrics"] and again["items"] == wanted["items"]
         assert again["provenance"]["artefacts"] == wanted["provenance"]["artefacts"]
@@ -236,8 +239,8 @@ def test_teachers_of_every_strength_and_their_own_words(tmp_path):
     assert set(frame.arm) == {"sft", "kd weak", "kd base", "kd strong", "seq_kd strong"} and (frame.groupby("arm").size() == 4).all()
     config = next(r["config"] for r in records if r["method"] == "seq_kd")
     spec, (part,) = stages.data_of(config), config["phases"][0]["rows"]
-    rows, skills, right = stages.read_rows(made.root, part, spec)
-    known, asked = stages.read_data(made.root, spec), stages.read_rows(made.root, {"set": "train"}, spec)[0]
+    rows, _, right = stages.read_rows(made.root, [part], spec)
+    known, asked = stages.read_data(made.root, spec), stages.read_rows(made.root, [{"set": "train"}], spec)[0]
     assert len(rows) == len(asked) == len(right) == TINY.train_rows and [r["id"] for r in rows] == [r["id"] for r in asked]
     for row, prompt, fine, source in zip(rows, asked, right, known.rows("train")):
         start = next(i for i, t in enumerate(row["labels"]) if t != data.IGNORE)
@@ -248,7 +251,7 @@ def test_teachers_of_every_strength_and_their_own_words(tmp_path):
     assert frame[frame.method != "seq_kd"].label_accuracy.isna().all()
     strong = stages.teacher_of(config)
     (kept,) = strong["phases"][0]["rows"]
-    chosen, _, judged = stages.read_rows(made.root, kept, spec)
+    chosen, _, judged = stages.read_rows(made.root, [kept], spec)
     assert len(chosen) == sum(judged) and [int(r["id"].split("/")[1]) for r in chosen] == [i for i, fine in enumerate(judged) if fine]
     wanted = json.loads((stages.path(made.root, strong) / "evaluation.json").read_text())["test"]["accuracy"]
     assert set(frame[frame.teacher == "strong"].teacher_accuracy) == {wanted}
@@ -263,7 +266,7 @@ def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_record
     results.record_path(root, "tiny", record["run_id"]).unlink()
     monkeypatch.setattr(trainer, "train", lambda *_, **__: {"train_loss": math.nan})
     with pytest.raises(ValueError, match=r"Training diverged \(loss nan\) with .*'learning_rate'.*; allowed: settings that keep it finite"):
-        stages.execute(root, labels_of(record), record["config"])
+        stages.execute(root, labels_of(record), record["config"], "accuracy")
     assert not results.record_path(root, "tiny", record["run_id"]).exists()
 
 
@@ -274,11 +277,11 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     monkeypatch.setattr(trainer, "train", lambda model, tokenizer, rows, **how: seen.append(rows) or {"train_loss": 0.0})
     configs = plan(tiny_root).configs
     for config in (configs[0], configs[1], configs[4]):  # SFT and KD at the small budget, SFT at the large one
-        stages._train_and_evaluate(tiny_root, config)
+        stages._train_and_evaluate(tiny_root, config, METRICS["accuracy"], None)
     small, paired, large = [[tuple(r["input_ids"]) for r in rows] for rows in seen]
     assert small == paired and len(small) == TINY.steps * TINY.batch_size
     assert len(set(small)) <= 20 < len(set(large))
-    rows, skills, _ = stages.read_rows(tiny_root, {"set": "train"}, stages.data_of(configs[0]))
+    rows, (skills,), _ = stages.read_rows(tiny_root, [{"set": "train"}], stages.data_of(configs[0]))
     order = data.nested_order(skills, configs[0]["phases"][0]["seed"])
     assert set(small) == {tuple(rows[i]["input_ids"]) for i in order[:20]}
 
@@ -344,7 +347,7 @@ def test_damaged_claims_are_named_before_anything_is_trained(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_every_teacher_is_tuned_on_all_of_the_training_data(preset):
-    for name in {"weak", "base"} & set(preset.teachers):
+    for name in (n for n in ("weak", "base") if "tuning" in preset.teachers[n]):
         tuning = preset.teachers[name]["tuning"]
         assert tuning["steps"] * tuning.get("batch_size", preset.batch_size) >= preset.train_rows
 
@@ -356,10 +359,12 @@ def test_rates_between_the_sweeps_budgets_are_interpolated():
 
 
 def test_more_rows_than_the_data_has_is_said(tmp_path):
-    greedy = changed(TINY, train_rows=5000)
-    labels, config = study.grid(greedy, "data_budget", 0)[0]
-    with pytest.raises(ValueError, match="train_rows=5000 is above the data; allowed: up to 200 rows"):
-        stages.execute(store.open_folder(tmp_path / "r"), labels, config)
+    greedy = changed(TINY, train_rows=5000, budgets=[20, 300, 5000])
+    root, runs = store.open_folder(tmp_path / "r"), {r["budget"]: (r, c) for r, c in study.grid(greedy, "data_budget", 0) if r["method"] == "sft"}
+    with pytest.raises(ValueError, match="budget=300 is above set 'train'; allowed: up to 200 rows"):
+        stages.execute(root, *runs[300], "accuracy")
+    stages.execute(root, *runs[5000], "accuracy")  # the preset's own number of rows means all that there are
+    assert results.read_records(root, "tiny", [results.run_id(runs[5000][1])])
 
 
 def text_preset(monkeypatch, folder):
@@ -376,18 +381,47 @@ def text_preset(monkeypatch, folder):
             yield {"id": f"dolly-open_qa-{kind}{i}", "source": "dolly_15k",
                    "messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turns)]}
 
+    def checked(found):
+        for i, row in enumerate(found):
+            row["messages"][1]["content"] += f"\n\nAnswer: {i % 3}"
+            yield row
+
     files = {"general_train.jsonl.gz": rows(160, "a"), "general_test.jsonl.gz": rows(30, "b"),
-             "pretrain_books.jsonl.gz": ({"id": str(i), "text": sentence(300)} for i in range(40))}
+             "pretrain_books.jsonl.gz": ({"id": str(i), "text": sentence(300)} for i in range(40)),
+             "math_gsm8k_train.jsonl.gz": checked(rows(80, "m")), "medical_medquad_prompts.jsonl.gz": rows(40, "q")}
+    plain = {"math_gsm8k_test.jsonl": checked(rows(12, "n")), "medical_pubmedqa_train.jsonl": checked(rows(60, "p")),
+             "medical_pubmedqa_test.jsonl": checked(rows(12, "o"))}
+    for name, content in plain.items():
+        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in content), encoding="utf-8")
     for name, content in files.items():
         with gzip.open(folder / name, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(r) + "\n" for r in content)
     monkeypatch.setenv("KDLIB_DATA", str(folder))
     real = PRESETS["realtext"]
     quick = {"steps": 5, "batch_size": 4, "block": 64}
+    domains = {n: {**d, "validation_rows": 8, "annotated_rows": 30, "unlabelled_rows": 30, "test_rows": 10} for n, d in real.source["domains"].items()}
+    tuning = {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}
     return changed(
-        real, source={**real.source, "validation_rows": 10, "test_rows": 25}, train_rows=140, max_length=64, vocab_size=400,
-        bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
-        teachers={"base": {"start": "teacher", "tuning": {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}}})
+        real, source={**real.source, "validation_rows": 10, "test_rows": 25, "domains": domains}, train_rows=140, max_length=64, vocab_size=400,
+        max_new_tokens=6, bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
+        teachers={name: {**t, "tuning": tuning} for name, t in real.teachers.items()},
+        domain={**real.domain, "rows": 30, "pool_rows": 30, "budgets": [10, 20], "pools": [10, 20], "seeds": [0, 1], "steps": 4})
+
+
+@pytest.mark.parametrize("experiment", ["teacher_strength", "two_stage_domain"])
+def test_human_text_has_teachers_and_domains_too(tmp_path, monkeypatch, experiment):
+    preset = text_preset(monkeypatch, tmp_path)
+    runs = [run for run in study.grid(preset, experiment, 0) if run[0]["seed"] == 0 and run[0]["pool"] in (None, 20)]
+    records = study.run(study.Plan(preset, tuple(runs), store.open_folder(tmp_path / "r"), True, True, 2))
+    assert len(records) == len(runs) > 0
+    if experiment == "teacher_strength":
+        assert {r["teacher"] for r in records} == {None, "weak", "base", "strong"} and all(r["metrics"]["accuracy"] is None for r in records)
+        return
+    for r in records:
+        m, asked = r["metrics"], r["items"]["correct"]
+        assert m["accuracy"] == sum(asked) / len(asked) and 0 < m["bits_per_byte"] < 8 and 0 < m["general_bits_per_byte"] < 8
+        judged = r["domain"] == "maths" and "synthetic" in str(RECIPES[r["method"]])  # the medical pool's answers nobody knows
+        assert ("label_accuracy" in m) == judged and (not judged or 0 <= m["label_accuracy"] <= 1)
 
 
 def test_human_text_takes_the_same_path(tmp_path, monkeypatch):
@@ -402,7 +436,7 @@ def test_human_text_takes_the_same_path(tmp_path, monkeypatch):
         assert r["metrics"]["bits_per_byte"] == pytest.approx(bits, rel=1e-4) and 0 < bits < 8
         report = r["provenance"]["data_report"]
         assert report["train"]["answer_tokens_cut"] == 0 and report["train"]["prompts_shortened"] > 0
-        assert report["loading"]["rows_read"] == 160
+        assert report["loading"]["train"]["rows_read"] == 160
     frame = results.frame(records)
     gaps = stats.paired_gaps(frame, preset.scored)
     wide = frame.pivot(index=["budget", "seed"], columns="method", values="bits_per_byte")
@@ -414,7 +448,7 @@ def test_human_text_takes_the_same_path(tmp_path, monkeypatch):
 def test_the_real_text_is_rendered_without_cutting_an_answer(tmp_path):
     preset = PRESETS["realtext"]
     spec, root = study.data_spec(preset, 0), store.open_folder(tmp_path / "r")
-    known, (train, *_) = stages.read_data(root, spec), stages.read_rows(root, {"set": "train"}, spec)
+    known, (train, *_) = stages.read_data(root, spec), stages.read_rows(root, [{"set": "train"}], spec)
     assert len(train) == preset.train_rows and len(known.tokenizer) == preset.vocab_size
     held = {tuple(ids) for split in ("validation", "test") for ids in known.rows(split)["input_ids"]}
     assert not held & {tuple(r["input_ids"]) for r in train}

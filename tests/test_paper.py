@@ -1,0 +1,183 @@
+"""The way of the paper preset, from a hub on disk to claims, and what goes wrong on it."""
+
+import errno
+import json
+
+import hub
+import pandas as pd
+import papermill
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdlib import data, models, results, stages, stats, study
+
+CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Models of both families, data, and a benchmark of our own, and nothing else within reach."""
+    root = tmp_path_factory.mktemp("hub")
+    for family in hub.FAMILIES:
+        hub.build_models(root / "models", family)
+    hub.build_data(root / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("KDLIB_MODELS", root / "models"), ("KDLIB_DATA", root / "data"), ("HF_HUB_OFFLINE", "1")):
+            patch.setenv(name, str(value))
+        yield root, str(hub.build_task(root))
+
+
+def few(preset, task, root, **more):
+    return study.plan("data_budget", {"preset": preset, "budgets": [64, 128], "seeds": [0, 1], "tasks": {task: {}}, "results_dir": str(root), **more})
+
+
+@pytest.fixture(scope="module")
+def executed(shelf, tmp_path_factory):
+    """Notebook 02 with the preset, trained by two processes at a time."""
+    out = tmp_path_factory.mktemp("paper")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_LAUNCH", str(CONFIGURATIONS / "processors.yaml"))
+        papermill.execute_notebook(str(results.REPOSITORY / "notebooks" / "02_data_budget.ipynb"), str(out / "out.ipynb"), {
+            "preset": "paper", "budgets": [64, 128], "seeds": [0, 1], "tasks": {shelf[1]: {}}, "results_dir": str(out / "results"), "workers": 2},
+            progress_bar=False, log_output=False, kernel_name="python3")
+    return few("paper", shelf[1], out / "results")
+
+
+def test_the_notebook_makes_the_records_claims_and_figures_of_any_preset(executed):
+    records = study.run(executed)
+    assert len(records) == 8 and {r["config"]["start"]["hub"] for r in records} == {"meta-llama/Llama-3.2-1B"}
+    for r in records:
+        (phase,), m = r["config"]["phases"], r["metrics"]
+        assert phase["steps"] == 2 * r["budget"] // 128 and phase["training"]["bf16"] is True
+        asked = [c for c, skill in zip(r["items"]["correct"], r["items"]["skill"]) if skill == "animals"]
+        assert len(asked) == 20 and m["accuracy"] == pytest.approx(sum(asked) / 20) and set(asked) <= {0.0, 1.0}
+        assert r["provenance"]["metric"] == "accuracy" and 0 < m["bits_per_byte"] < 8
+        assert (m["teacher_nll"] > 0) if r["method"] == "kd" else "teacher_nll" not in m
+    claims = {c["claim"] for c in results.read_claims(executed.folder)}
+    assert {"C1a", "C1b"} <= claims and executed.folder.parent.name == "variants"
+    assert (executed.folder / "figures" / "gap_vs_budget.png").is_file()
+    gap = stats.item_interval([r for r in records if r["budget"] == 128], executed.preset.scored)
+    means = pd.DataFrame([{"method": r["method"], "accuracy": r["metrics"]["accuracy"]} for r in records if r["budget"] == 128]).groupby("method").accuracy.mean()
+    assert gap.n == 20 and gap.estimate == pytest.approx(means.kd - means.sft)
+
+
+def test_two_processes_train_as_one_does(executed, shelf, tmp_path):
+    plan = few("paper", shelf[1], tmp_path / "alone")
+    labels, config = next(run for run in plan.runs if run[0]["method"] == "kd" and run[0]["budget"] == 128)
+    stages.execute(plan.root, labels, config, "accuracy")
+    alone, = results.read_records(plan.root, "paper", [results.run_id(config)])
+    together, = results.read_records(executed.root, "paper", [results.run_id(config)])
+    assert together["provenance"]["tokens"] == alone["provenance"]["tokens"]
+    before = alone["metrics"]["untuned_nll"]
+    moved = [abs(r["metrics"]["nll"] - before) for r in (alone, together)]
+    assert alone["metrics"]["nll"] == pytest.approx(together["metrics"]["nll"], abs=0.2 * min(moved)) and min(moved) > 1e-5  # in bfloat16
+
+
+def test_qwen_takes_the_same_way(shelf, tmp_path):
+    plan = few("paper-qwen", shelf[1], tmp_path)
+    labels, config = next(run for run in plan.runs if run[0]["method"] == "kd")
+    student, teacher = (models.load(name)[0] for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B-Instruct"))
+    assert student.config.vocab_size != teacher.config.vocab_size
+    stages.execute(plan.root, labels, config, "accuracy")
+    record, = results.read_records(plan.root, "paper-qwen", [results.run_id(config)])
+    said = stages.read_data(plan.root, config["start"]["data"]).rows("train")[0]
+    spoken = [t for t in said["labels"] if t != data.IGNORE]
+    tokenizer = models.load_tokenizer("Qwen/Qwen2.5-0.5B", template="chatml")
+    assert tokenizer.decode(spoken).count("<|im_end|>") == sum(m["role"] == "assistant" for m in said["messages"])
+    assert record["metrics"]["teacher_nll"] > 0 and record["metrics"]["train_loss"] > 0
+
+
+def test_a_dry_run_says_what_it_takes_and_does_nothing(shelf, tmp_path):
+    nb = papermill.execute_notebook(str(results.REPOSITORY / "notebooks" / "02_data_budget.ipynb"), str(tmp_path / "out.ipynb"), {
+        "preset": "paper", "results_dir": str(tmp_path / "results"), "dry_run": True}, progress_bar=False, log_output=False, kernel_name="python3")
+    said = "".join(o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    assert "70" in said and "H100" in said and not list((tmp_path / "results").rglob("runs/*.json"))
+
+
+def test_a_tokenizer_may_have_one_more_token_to_pad_with_and_no_other(shelf):
+    student, tulu = (models.load_tokenizer(n) for n in ("meta-llama/Llama-3.2-1B", "allenai/Llama-3.1-Tulu-3-8B-SFT"))
+    assert len(tulu) == len(student) + 1 and models.common_vocabulary(student, tulu, 348, 365) == len(student)
+    qwen = models.load_tokenizer("Qwen/Qwen2.5-0.5B")
+    with pytest.raises(ValueError, match=r"need the same token ids, but \d+ tokens differ, among them '<\|begin_of_text\|>' \(0 and None\)"):
+        models.common_vocabulary(student, qwen, 348, 348)
+    tulu.add_tokens(["<tool>"])
+    with pytest.raises(ValueError, match="tokens differ, among them '<pad>'"):
+        models.common_vocabulary(student, tulu, 348, 365)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    ("absent", "'some/absent' cannot be loaded .*connect to the internet, or set KDLIB_MODELS to a folder that holds some/absent"),
+    ("pickled", "it has no safetensors file, and pickled weights are not opened unless its name is in `trust`"),
+    ("code", "it needs code of its own, which is not run unless its name is in `trust`")])
+def test_models_that_cannot_be_had_are_named_with_the_remedy(shelf, tmp_path, monkeypatch, spoil, message):
+    monkeypatch.setenv("KDLIB_MODELS", str(tmp_path))
+    folder, name = tmp_path / "some" / spoil, f"some/{spoil}"
+    if spoil != "absent":
+        model, tokenizer = models.load(shelf[0] / "models" / "meta-llama/Llama-3.2-1B")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if spoil == "pickled":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    if spoil == "code":
+        config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "own.py").write_text("raise SystemExit('this code ran')")
+    with pytest.raises(ValueError, match=message):
+        models.load(name)
+    if spoil == "pickled":
+        assert torch.equal(models.load(name, trust=(name,))[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_a_template_that_marks_nothing_is_refused(shelf):
+    tulu = models.load_tokenizer("allenai/Llama-3.1-Tulu-3-8B-SFT")
+    with pytest.raises(ValueError, match="marks no assistant tokens: it needs {% generation %}"):
+        data.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tulu)
+    with pytest.raises(ValueError, match="has no chat template; allowed: a template of kdlib's"):
+        data.encode([{"role": "user", "content": "a"}], models.load_tokenizer("meta-llama/Llama-3.2-1B"))
+    with pytest.raises(ValueError, match=r"template='chatml' ends turns with '<\|im_end\|>', which the tokenizer of 'meta-llama"):
+        models.load_tokenizer("meta-llama/Llama-3.2-1B", template="chatml")
+
+
+def test_a_full_disk_while_caching_is_said_and_what_was_cached_is_kept(shelf, tmp_path, monkeypatch):
+    plan = few("paper", shelf[1], tmp_path)
+    config = next(c for labels, c in plan.runs if labels["method"] == "kd")
+    spec = stages.targets_of(config["phases"][0])
+    spec["cache"] = {**spec["cache"], "shard_rows": 50}
+    whole, written = data.Dataset.save_to_disk, []
+
+    def full(self, folder, **how):
+        if "shard" in str(folder):
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(folder)
+        return whole(self, folder, **how)
+
+    monkeypatch.setattr(data.Dataset, "save_to_disk", full)
+    with pytest.raises(OSError, match="The disk is full under .*; free some of it and run again: what was finished is kept"):
+        stages.make(plan.root, spec)
+    monkeypatch.setattr(data.Dataset, "save_to_disk", whole)
+    place = stages.path(plan.root, spec)
+    kept = {p: p.stat().st_mtime_ns for p in place.with_name(f".{place.name}.unfinished").glob("shard-*/manifest.json")}
+    assert len(kept) == 2 and not place.exists()
+    made = stages.make(plan.root, spec)
+    assert len(list(made.glob("shard-*"))) > 2 and {(made / p.parent.name / p.name).stat().st_mtime_ns for p in kept} == set(kept.values())
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGURATIONS.glob("*.yaml")))
+def test_accelerate_reads_the_configurations(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    found = load_config_from_file(str(CONFIGURATIONS / name))
+    assert found.num_processes >= 2 and found.main_training_function == "main"
+
+
+def test_low_rank_adapters_are_merged_into_the_model_that_is_evaluated(shelf, tmp_path):
+    plan = few("paper", shelf[1], tmp_path)
+    labels, config = plan.runs[0]
+    own = json.loads(json.dumps(config))
+    own["phases"][0] |= {"learning_rate": 1e-2, "training": {"lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}}
+    stages.execute(plan.root, labels, own, "accuracy", keep=tmp_path / "kept")
+    record, = results.read_records(plan.root, "paper", [results.run_id(own)])
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
+    assert not [n for n in kept.state_dict() if "lora" in n] and record["metrics"]["nll"] < record["metrics"]["untuned_nll"]
