@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdlib import lab, plots, results, store
+from kdlib import costs, lab, plots, results, store
 from kdlib.presets import PRESETS
 
 NAMES = {"trl": "TRL's GKD trainer", "trl tokenized": "the same, tokenized before", "live": "kdlib, live teacher",
@@ -14,7 +14,9 @@ NAMES = {"trl": "TRL's GKD trainer", "trl tokenized": "the same, tokenized befor
 
 
 WHOLE = {"C2": "KD from the strong teacher at the largest budget: the weaker of C2a and C2b",
-         "C3": "accuracy in the {}, KD on synthetic then SFT on human data minus each recipe of one stage: the weakest"}
+         "C3": "{} in the {}, {}: the weakest"}
+STAGES = ("KD on synthetic then SFT on human data", "each recipe of one stage")
+TOPICS = {"C1a": "KD leads where data are few", "C1b": "its lead fades with more", "C2": "a stronger teacher restores it", "C3": "two stages win in domains"}
 
 
 def markdown(head, rows) -> str:
@@ -40,7 +42,21 @@ def claims(root: Path) -> str:
 def contrast(claim: dict) -> str:
     """What a claim's row estimates."""
     name, *domain = claim["claim"].split()
-    return WHOLE[name].format(*domain) if name in WHOLE else claim["contrast"]
+    metric = PRESETS[claim["preset"]].scored
+    sides = " minus ".join(STAGES if metric.higher_is_better else STAGES[::-1])
+    return WHOLE[name].format(metric.label.split(" (")[0], *domain, sides) if name in WHOLE else claim["contrast"]
+
+
+def together(root: Path) -> str:
+    """The lab, over its worlds, beside real text: one row a claim, C3 domain by domain."""
+    found = {(p.parent.name, c["claim"], tuple(c["world_seeds"])): c for p in root.glob("*/claims.json") for c in results.read_claims(p.parent)}
+
+    def of(preset, claim):
+        whole = {n: c for (p, n, w), c in found.items() if p == preset and n.startswith(claim) and " − " not in n and w == tuple(PRESETS[preset].worlds)}
+        return "<br>".join(f"{n.removeprefix(claim).strip()}: {cell(c)}".removeprefix(": ") for n, c in sorted(whole.items()) if n == claim or claim == "C3")
+
+    rows = [[f"{claim}: {topic}", of("lab", claim), of("realtext", claim)] for claim, topic in TOPICS.items()]
+    return markdown(["claim", "lab, worlds " + ", ".join(map(str, PRESETS["lab"].worlds)), "real text"], rows)
 
 
 def cell(claim: dict | None) -> str:
@@ -188,6 +204,16 @@ def batching(root: Path) -> str:
     return markdown(["size", "rows of a batch", "faster than padded"], rows)
 
 
+def plans(root: Path) -> str:
+    """How far off the formulas of a plan are for measured runs, by preset."""
+    names, rows = {"tokens": "tokens", "response_tokens": "response tokens", "train_s": "seconds of training", "peak_memory_mib": "memory of a process"}, []
+    for preset in sorted(p.parent.name for p in root.glob("*/runs")):
+        found = [results.read_record(p) for p in sorted((root / preset / "runs").glob("*.json"))]
+        for name, row in costs.check(found).iterrows():
+            rows.append([preset, names[name], f"{row.error:.1%}", f"{row.worst:.0%}"])
+    return markdown(["runs of", "quantity", "median error", "largest"], rows)
+
+
 def losses(root: Path) -> str:
     """Peak memory of the loss."""
     rows = []
@@ -200,8 +226,8 @@ def losses(root: Path) -> str:
     return markdown(["loss over", "naive", "in chunks", "of 16 rows", "of 64", "of 256"], rows)
 
 
-BLOCKS = {"claims": claims, "seeds": seeds, "found": found, "skills": skills, "teachers": teachers, "recipes": recipes, "costs": costs, "engine": engine,
-          "caches": caches, "batching": batching, "losses": losses}
+BLOCKS = {"together": together, "claims": claims, "seeds": seeds, "found": found, "skills": skills, "teachers": teachers, "recipes": recipes, "costs": costs, "engine": engine,
+          "caches": caches, "batching": batching, "losses": losses, "plans": plans}
 
 
 def generated(text: str, root: Path) -> str:

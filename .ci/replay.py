@@ -47,7 +47,7 @@ def jobs(root: Path) -> list[list[tuple[str, Path, dict]]]:
                     first.append((notebook, folder / "notebooks" / notebook, {**asked, "world_seed": world}))
         first.append(("07_learning_rates.ipynb", home / "notebooks" / "07_learning_rates.ipynb", asked))
         shown = {k: asked[k] for k in ("preset", "results_dir")}
-        if not preset.lacks("two_stage_domain"):
+        if len(preset.worlds) > 1:
             then.append(("05_report.ipynb", home / "notebooks" / "05_report.ipynb", shown))
     last = [("00_start_here.ipynb", root / "lab" / "notebooks" / "00_start_here.ipynb", {"results_dir": str(root)}),
             ("01_losses.ipynb", root / "lab" / "notebooks" / "01_losses.ipynb", {})]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.format import EngFormatter
 
-from kdlib import results
+from kdlib import results, specs
 
 TABLE, MODELS = (tomllib.loads(Path(__file__).with_name(name).read_text("utf-8")) for name in ("costs.toml", "models.toml"))
 
@@ -87,7 +87,6 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     """Work by kind (costs.toml) of a plan's runs and all that they share, or of what is ``missing`` at its root. Rows are as long
     as in 64 records of the preset there, else as ``typical``, at last as ``max_length``: ``attrs`` says it, and the records' rate.
     """
-    from kdlib import stages  # here, because it imports torch
     p, table = plan.preset, {work: np.zeros(6) for work in TABLE["work"]}
     files, typical, told = sorted(plan.root.glob(f"{p.name}/runs/*.json")), getattr(p, "typical", None), p.max_new_tokens
     records = [r for f in files[::len(files) // 64 + 1] if "tokens" in (r := results.read_record(f))["provenance"]]
@@ -99,15 +98,15 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     sizes = {k: v for k, v in sizes.items() if isinstance(v, int)} | {
         k: v["rows"] - v["rows_dropped"] for k, v in report.items() if "rows" in v} | {"train": p.train_rows}
     runs = [c for i, c in zip(plan.ids, plan.configs) if not (missing and results.record_path(plan.root, p.name, i).exists())]
-    made = {name: s for c in runs for name, (_, s) in stages.all_of(json.dumps(c)).items() if "source" not in s}
-    for spec in [*(s for s in made.values() if not (missing and stages.path(plan.root, s).is_dir())), *runs]:
+    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "source" not in s}
+    for spec in [*(s for s in made.values() if not (missing and specs.path(plan.root, s).is_dir())), *runs]:
         work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else held
         reads = [(w, spec, name) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
         if work in ("by", "cache"):
             reads = [(work, spec.get("teacher", spec.get("by")), part["set"]) for part in spec.get("rows", [spec])]
         elif work != "hub":
             table[work][1:4] += _trained(spec, length)
-        if work == "evaluate" and (teacher := stages.teacher_of(spec)):
+        if work == "evaluate" and (teacher := specs.teacher_of(spec)):
             reads += [("scores", teacher, *on)]
         table[work] += 1, 0, 0, 0, 0, shape(spec).stored * shape(spec).weights if work in ("hub", "pretrain", "phases") else 0
         for w, model, name in reads:

@@ -47,7 +47,7 @@ def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> torch.Tensor:
     """Logits (N, V) at ``mask`` (B, L), which predict the response tokens, from the model's own forward with all that it does to them."""
-    with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][mask], *args[1:])):
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][mask.to(args[0].device)], *args[1:])):
         return (model if wrapped is None else wrapped)(**taken(inputs)).logits
 
 
@@ -56,7 +56,7 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
     that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
     """
     results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
-    where = mask.nonzero(as_tuple=True)
+    where = tuple(place.to(head.weight.device) for place in mask.nonzero(as_tuple=True))  # the last, of a model spread over several
 
     def forward(hidden):
         results.append(compute(hidden[where] if norm is None else hidden[0]))

@@ -1,12 +1,4 @@
-"""The artefacts that runs share (rendered data, models, teachers' answers and targets), and what one run does.
-
-What fixes an artefact is its specification, in JSON. A *model* is ``{"data", "pretrain"}``, from random weights on, or ``{"start": model,
-"phases"}``. A *phase* trains ``steps`` batches on its ``rows``, equally many of each *part*, by the settings of
-:class:`~kdlib.losses.Objective`, towards its ``teacher``, a model or None. A part is ``{"set": name}``, perhaps with ``budget`` (so many
-of the set's rows, a prefix of the order that ``seed`` draws) and ``said``: the model ``by`` whose own words, drawn at a ``temperature``,
-stand for the annotators' (with ``verified`` those alone that verify). A run's configuration is a model's, and what is evaluated.
-A model ``{"data", "hub", "revision"}`` is somebody else's; only its own scores are an artefact.
-"""
+"""The artefacts that runs share (rendered data, models, teachers' answers and targets), and what one run does; specs.py says what fixes them."""
 
 import json
 import math
@@ -25,47 +17,23 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset, load_from_disk
 
-from kdlib import data, evaluate, harness, lab, labels, models, results, runner, store, teachers, text, trainer
+from kdlib import data, evaluate, harness, lab, models, results, runner, store, teachers, text, trainer
+from kdlib.labels import label
 from kdlib.losses import Objective
 from kdlib.presets import METRICS
+from kdlib.specs import all_of, data_of, path, targets_of, teacher_of
 
 SOURCES = {"lab": lab, "text": text}
 TRAINED = {"dtype": torch.float32}  # whatever the dtype of the file, since small steps vanish in bfloat16
-CACHE = {"form": "hidden", "dtype": "float32"}  # of targets: exact, so that runs differ from live ones by rounding
 COSTS = {"data": 0.0, "base": 30.0, "model": 8.0, "targets": 1.0, "answers": 8.0, "scores": 8.0}  # of making one, where a run costs 2
-KINDS = {"source": "data", "pretrain": "base", "hub": "base", "phases": "model", "cache": "targets", "by": "answers", "of": "scores"}  # of artefacts, by a key
-
-
-def data_of(spec: dict) -> dict:
-    """The specification of the data under a model or a run."""
-    return data_of(spec["start"]) if "start" in spec else spec["data"]
-
-
-def targets_of(phase: dict) -> dict:
-    """What fixes the cache of what a phase's teacher says of its rows, whatever the budget."""
-    rows = [{k: v for k, v in part.items() if k not in ("budget", "seed")} for part in phase["rows"]]
-    return {"teacher": phase["teacher"], "rows": rows, "cache": phase.get("cache", CACHE)}
-
-
-def made_from(spec: dict) -> list[dict]:
-    """The specifications of what an artefact or a run is made from directly."""
-    phases = spec.get("phases", [])
-    said = [part["said"] for rows in (spec.get("rows", []), *(p["rows"] for p in phases)) for part in rows if "said" in part]
-    scored = [{"of": model, "tasks": tasks} for model in (spec["start"], teacher_of(spec)) if model] if (
-        tasks := spec.get("evaluate", {}).get("tasks")) else []
-    return [spec[k] for k in ("data", "start", "by", "teacher", "of") if k in spec] + said + [targets_of(p) for p in phases if p["teacher"]] + scored
 
 
 def open_model(root: Path, spec: dict, **how):
     """``(model, tokenizer)`` of a model's specification: the hub's, or an artefact, made if need be. ``how`` goes to :func:`kdlib.models.load`."""
     if "hub" not in spec:
         return models.load(make(root, spec), **how)
-    return models.load(spec["hub"], spec["revision"], template=spec["data"]["tokenizer"]["template"], **how)
-
-
-def path(root: Path, spec: dict) -> Path:
-    """Where an artefact lies, whether it exists or not."""
-    return store.artefact_path(root, next(kind for key, kind in KINDS.items() if key in spec), spec)
+    spread = {"device_map": "auto"} if not how and torch.accelerator.device_count() > 1 else {}  # a teacher may need all devices
+    return models.load(spec["hub"], spec["revision"], spec["data"]["tokenizer"]["template"], **spread, **how)
 
 
 def make(root: Path, spec: dict) -> Path:
@@ -219,7 +187,7 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     how = {"max_new_tokens": known.longest, "temperature": spec["temperature"], "seed": spec["seed"]}
     rows = known.rows(spec["set"]).remove_columns(["input_ids", "labels"])
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
-        said = labels.label(folder / "said", rows, base_url=server, model=by["hub"], **how)
+        said = label(folder / "said", rows, base_url=server, model=by["hub"], **how)
     else:
         said = teachers.write_answers(folder / "said", *open_model(root, by), rows, **how)
     if known.verify:
@@ -236,11 +204,6 @@ def _build_targets(root: Path, spec: dict, folder: Path) -> None:
 def _build_scores(root: Path, spec: dict, folder: Path) -> None:
     scored, _ = harness.harness(*open_model(root, spec["of"]), spec["tasks"])
     (folder / "evaluation.json").write_text(json.dumps(scored), encoding="utf-8")
-
-
-def teacher_of(config: dict) -> dict | None:
-    """The last teacher of a run, by its targets or by its words; None if it has none."""
-    return ([None] + [t for p in config["phases"] for t in (p["teacher"], *(r.get("said", {}).get("by") for r in p["rows"])) if t])[-1]
 
 
 def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | None = None) -> None:
@@ -286,16 +249,6 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
                   "response_tokens": sum(n for _, n in lengths), "data_report": known.report,
                   "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
     return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
-
-
-@lru_cache(maxsize=None)
-def all_of(config: str) -> dict[str, tuple[int, dict]]:
-    """By name, every artefact under a run (its configuration as JSON), after those it is made from, and its depth (1: from nothing)."""
-    out = {}
-    for below in made_from(json.loads(config)):
-        deeper = all_of(json.dumps(below))
-        out |= deeper | {path(Path(), below).name: (1 + max((d for d, _ in deeper.values()), default=0), below)}
-    return out
 
 
 def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str) -> dict[partial, float]:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
-from kdlib import costs, data, inference, losses, models, results, stages, store, study, teachers, trainer
+from kdlib import costs, data, inference, losses, models, results, specs, stages, store, study, teachers, trainer
 from kdlib.presets import PRESETS
 
 LAB, PUBLISHED = PRESETS["lab"], {  # on the models' cards
@@ -97,7 +97,7 @@ def test_operations_of_training_steps_are_counted(gqa, named, tokenizer, tmp_pat
 
 def test_operations_of_a_step_of_the_lab_are_those_counted_but_for_padding(named, tokenizer, teacher, tmp_path):
     student, steps = models.build_model("student", tokenizer, 0), {"steps": 1, "batch_size": 32}
-    cached = teachers.Cached(teachers.write_cache(tmp_path / "cache", teacher, tokenizer, named, **stages.CACHE))
+    cached = teachers.Cached(teachers.write_cache(tmp_path / "cache", teacher, tokenizer, named, **specs.CACHE))
     phase = {"rows": [{"set": "train"}], "teacher": study.model_spec(SMOKE, "base", 0), **steps}
     few, more = (counted(lambda: trainer.train(student, tokenizer, named[:16 * n], steps=n, batch_size=16, learning_rate=1e-3, seed=0,
                                                output_dir=tmp_path, teacher=cached)) for n in (1, 3))
@@ -206,10 +206,8 @@ def test_costs_grow_as_their_causes_do(tmp_path):
 
 
 @pytest.fixture
-def paper(tmp_path, monkeypatch):
+def paper(tmp_path):
     """A plan with models of the hub and caches of their own, whether stages knows them yet or not."""
-    monkeypatch.setattr(stages, "KINDS", {"hub": "hub", **stages.KINDS})
-    monkeypatch.setattr(stages, "targets_of", lambda p, usual=stages.targets_of: {**usual(p), "cache": p.get("cache", stages.CACHE)})
     preset = changed(SMOKE, name="paper", typical={"tokens": 400, "response_tokens": 250}, max_length=2048, train_rows=100_000, domain={},
                      source={"kind": "text", "test_rows": 1000}, max_new_tokens=0)
     start, big = ({"data": {**study.data_spec(preset, 0), "version": 0}, "hub": name, "revision": "main"}

@@ -49,7 +49,7 @@ def text_of(cells):
 
 def test_the_notebooks_are_there():
     assert [p.stem for p in NOTEBOOKS] == [
-        "00_start_here", "01_losses", "02_data_budget", "03_teacher_strength", "04_two_stage_domain", "05_report", "07_learning_rates"]
+        "00_start_here", "01_losses", "02_data_budget", "03_teacher_strength", "04_two_stage_domain", "05_report", "06_your_own_models", "07_learning_rates"]
 
 
 @by_name(NOTEBOOKS)
@@ -275,17 +275,18 @@ def test_losses_with_other_parameters(tmp_path):
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "budgets: [0, 100]"], "budgets=[0, 100] is not allowed"),
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "seeds: [3]"], "seeds=[3] is not allowed"),
     ("02_data_budget", ["-p", "sedes", "3"], "Unknown parameter 'sedes'"),
-    ("03_teacher_strength", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher; allowed: smoke, lab"),
+    ("03_teacher_strength", ["-y", "tasks: {gsm8k: {}}"], "tasks={'gsm8k': {}} is not allowed; allowed: {}, for preset 'lab' scores by itself"),
+    ("06_your_own_models", ["-p", "student", "a"], "student='a', teacher='' and dataset='' go together; allowed: all three, or none"),
     ("04_two_stage_domain", ["-p", "preset", "smoke", "-y", "domains: [bank]"], "domains=['bank'] is not allowed; allowed: a list of market, clinic"),
     ("05_report", ["-p", "preset", "smoke", "-y", "worlds: [1]"], "worlds=[1] is not allowed; allowed: a list of at least two"),
     ("05_report", ["-y", "worlds: [0, a]"], "worlds=[0, 'a'] is not allowed; allowed: a list of at least two different whole numbers from 0"),
-    ("05_report", ["-p", "preset", "realtext"], "preset='realtext' has no strong and no weak teacher"),
+    ("05_report", ["-p", "preset", "realtext"], "preset='realtext' has one world, and this report compares several; allowed: smoke, lab"),
     ("07_learning_rates", ["-p", "preset", "huge"], "preset='huge' is not allowed; allowed: smoke, lab, realtext"),
     ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False"),
     ("00_start_here", ["-p", "live", "3"], "live=3 has type int; allowed: True or False")])
 def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, arguments, message):
     target = tmp_path / "results"
-    where = [] if name == "01_losses" else ["-p", "results_dir", str(target)]
+    where = [] if name[:2] in ("01", "06") else ["-p", "results_dir", str(target)]
     done = subprocess.run([sys.executable, "-m", "papermill", str(FOLDER / f"{name}.ipynb"), str(tmp_path / "out.ipynb"), *arguments,
                            *where, "--no-progress-bar", "-k", "python3"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0

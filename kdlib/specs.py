@@ -1,0 +1,58 @@
+"""What fixes the artefacts that runs share, and a run itself: specifications in JSON, whose hash is their name.
+
+What fixes an artefact is its specification, in JSON. A *model* is ``{"data", "pretrain"}``, from random weights on, or ``{"start": model,
+"phases"}``. A *phase* trains ``steps`` batches on its ``rows``, equally many of each *part*, by the settings of
+:class:`~kdlib.losses.Objective`, towards its ``teacher``, a model or None. A part is ``{"set": name}``, perhaps with ``budget`` (so many
+of the set's rows, a prefix of the order that ``seed`` draws) and ``said``: the model ``by`` whose own words, drawn at a ``temperature``,
+stand for the annotators' (with ``verified`` those alone that verify). A run's configuration is a model's, and what is evaluated.
+A model ``{"data", "hub", "revision"}`` is somebody else's; only its own scores are an artefact.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from kdlib import store
+
+CACHE = {"form": "hidden", "dtype": "float32"}  # of targets: exact, so that runs differ from live ones by rounding
+KINDS = {"source": "data", "pretrain": "base", "hub": "base", "phases": "model", "cache": "targets", "by": "answers", "of": "scores"}  # of artefacts, by a key
+
+
+def data_of(spec: dict) -> dict:
+    """The specification of the data under a model or a run."""
+    return data_of(spec["start"]) if "start" in spec else spec["data"]
+
+
+def targets_of(phase: dict) -> dict:
+    """What fixes the cache of what a phase's teacher says of its rows, whatever the budget."""
+    rows = [{k: v for k, v in part.items() if k not in ("budget", "seed")} for part in phase["rows"]]
+    return {"teacher": phase["teacher"], "rows": rows, "cache": phase.get("cache", CACHE)}
+
+
+def made_from(spec: dict) -> list[dict]:
+    """The specifications of what an artefact or a run is made from directly."""
+    phases = spec.get("phases", [])
+    said = [part["said"] for rows in (spec.get("rows", []), *(p["rows"] for p in phases)) for part in rows if "said" in part]
+    scored = [{"of": model, "tasks": tasks} for model in (spec["start"], teacher_of(spec)) if model] if (
+        tasks := spec.get("evaluate", {}).get("tasks")) else []
+    return [spec[k] for k in ("data", "start", "by", "teacher", "of") if k in spec] + said + [targets_of(p) for p in phases if p["teacher"]] + scored
+
+
+def path(root: Path, spec: dict) -> Path:
+    """Where an artefact lies, whether it exists or not."""
+    return store.artefact_path(root, next(kind for key, kind in KINDS.items() if key in spec), spec)
+
+
+def teacher_of(config: dict) -> dict | None:
+    """The last teacher of a run, by its targets or by its words; None if it has none."""
+    return ([None] + [t for p in config["phases"] for t in (p["teacher"], *(r.get("said", {}).get("by") for r in p["rows"])) if t])[-1]
+
+
+@lru_cache(maxsize=None)
+def all_of(config: str) -> dict[str, tuple[int, dict]]:
+    """By name, every artefact under a run (its configuration as JSON), after those it is made from, and its depth (1: from nothing)."""
+    out = {}
+    for below in made_from(json.loads(config)):
+        deeper = all_of(json.dumps(below))
+        out |= deeper | {path(Path(), below).name: (1 + max((d for d, _ in deeper.values()), default=0), below)}
+    return out
