@@ -32,7 +32,7 @@ smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke
 
 test: $(READY)
-	$(BIN)/python -m pip install -q -e '.[cluster,lora,eval,serve]'
+	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[cluster,lora,eval,serve]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: $(READY)
