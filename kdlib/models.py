@@ -76,10 +76,14 @@ def _local(name: str | Path) -> str:
     return str(mirror if mirror.is_dir() else name)
 
 
+def _trusted(name: str | Path, trust: tuple) -> bool:
+    return str(name) in {*trust, *os.environ.get("KDLIB_TRUST", "").split(",")}
+
+
 def _reach(make, name: str | Path, revision: str | None, trust: tuple, **how):
     """``make.from_pretrained``; what goes wrong as one sentence with the remedy. Names in ``trust`` may run code and unpickle weights."""
     try:
-        return make.from_pretrained(_local(name), revision=revision or "main", trust_remote_code=str(name) in trust, **how)
+        return make.from_pretrained(_local(name), revision=revision or "main", trust_remote_code=_trusted(name, trust), **how)
     except (OSError, ValueError, KeyError) as error:
         why = str(error).strip()
         remedy = next((say for marks, say in REMEDIES if any(m in why for m in marks)), REMEDIES[-1][1]).format(name=name)
@@ -109,9 +113,9 @@ def width(name: str | Path, revision: str | None = None) -> int:
 def load(name: str | Path, revision: str | None = None, template: str | None = None, trust: tuple = (), device=device, **how):
     """``(model, tokenizer)`` of a folder that ``save_pretrained`` of both wrote, of its copy under KDLIB_MODELS, or of a hub id, on the
     accelerator if there is one; ``how`` as in ``from_pretrained``. Safetensors only, and no code of the model's own, but for names in
-    ``trust``. ValueError, with the remedy, if it cannot be had.
+    ``trust`` or, with commas between, in KDLIB_TRUST. ValueError, with the remedy, if it cannot be had.
     """
     tokenizer = load_tokenizer(name, revision, template, trust)
-    model = _reach(AutoModelForCausalLM, name, revision, trust, use_safetensors=None if str(name) in trust else True, **how)
+    model = _reach(AutoModelForCausalLM, name, revision, trust, use_safetensors=None if _trusted(name, trust) else True, **how)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return (model if "device_map" in how else model.to(device() if callable(device) else device)).eval(), tokenizer

@@ -108,8 +108,8 @@ def test_a_tokenizer_may_have_one_more_token_to_pad_with_and_no_other(shelf):
 
 @pytest.mark.parametrize("spoil, message", [
     ("absent", "'some/absent' cannot be loaded .*connect to the internet, or set KDLIB_MODELS to a folder that holds some/absent"),
-    ("pickled", "it has no safetensors file, and pickled weights are not opened unless its name is in `trust`"),
-    ("code", "it needs code of its own, which is not run unless its name is in `trust`")])
+    ("pickled", "it has no safetensors file, and pickled weights are not opened unless its name is in `trust` or KDLIB_TRUST"),
+    ("code", "it needs code of its own, which is not run unless its name is in `trust` or KDLIB_TRUST")])
 def test_models_that_cannot_be_had_are_named_with_the_remedy(shelf, tmp_path, monkeypatch, spoil, message):
     monkeypatch.setenv("KDLIB_MODELS", str(tmp_path))
     folder, name = tmp_path / "some" / spoil, f"some/{spoil}"
@@ -128,6 +128,8 @@ def test_models_that_cannot_be_had_are_named_with_the_remedy(shelf, tmp_path, mo
         models.load(name)
     if spoil == "pickled":
         assert torch.equal(models.load(name, trust=(name,))[0].lm_head.weight, model.lm_head.weight)
+        monkeypatch.setenv("KDLIB_TRUST", f"other/one,{name}")
+        assert torch.equal(models.load(name)[0].lm_head.weight, model.lm_head.weight)
 
 
 def test_a_template_that_marks_nothing_is_refused(shelf):
