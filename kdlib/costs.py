@@ -3,12 +3,14 @@ backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and of attention o
 """
 
 import json
+import os
 import tomllib
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from pandas.io.formats.format import EngFormatter
 
 from kdlib import results, specs
@@ -98,7 +100,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     sizes = {k: v for k, v in sizes.items() if isinstance(v, int)} | {
         k: v["rows"] - v["rows_dropped"] for k, v in report.items() if "rows" in v} | {"train": p.train_rows}
     runs = [c for i, c in zip(plan.ids, plan.configs) if not (missing and results.record_path(plan.root, p.name, i).exists())]
-    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "source" not in s}
+    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if not {"source", "of"} & s.keys()}
     for spec in [*(s for s in made.values() if not (missing and specs.path(plan.root, s).is_dir())), *runs]:
         work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else held
         reads = [(w, spec, name) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
@@ -123,8 +125,12 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     return out
 
 
-def report(plan, ranks: int = 1) -> None:
-    """Print a plan's grid with the runs found, its work, the hours of each device, and the memory on each of ``ranks``."""
+def report(plan, ranks: int | None = None) -> None:
+    """Print a plan's grid with the runs found, its work, the hours of each device, and the memory on each of ``ranks``, by default as many as
+    the Accelerate configuration in KDLIB_LAUNCH shards over.
+    """
+    launched = yaml.safe_load(Path(os.environ["KDLIB_LAUNCH"]).read_text("utf-8")) if os.environ.get("KDLIB_LAUNCH") else {}
+    ranks = ranks or (launched["num_processes"] if launched.get("distributed_type") == "FSDP" else 1)
     p, whole, left, show = plan.preset, estimate(plan), estimate(plan, missing=True), EngFormatter(2, True)
     runs = pd.DataFrame([labels for labels, _ in plan.runs])
     runs["found"] = [results.record_path(plan.root, p.name, i).exists() for i in plan.ids]
@@ -142,6 +148,8 @@ def report(plan, ranks: int = 1) -> None:
     for (name, row), again in product({"mean": whole.attrs["row"], "longest": [p.max_length] * 2}.items(), (False, True)):
         how = {**phase.get("training", {}), "activation_checkpointing": again}
         needs[f"student, {name} rows{', recomputed' * again}"] = memory(s, *np.multiply(at_once, row), how, ranks)
+    if tuned := [shape(f["teacher"]) for c in plan.configs for f in c["phases"] if f["teacher"] and "start" in f["teacher"]]:
+        needs["teacher's tuning, mean rows"] = memory(max(tuned, key=lambda s: s.weights), *np.multiply(at_once, whole.attrs["row"]), phase.get("training", {}), ranks)
     if taught := [shape(f["teacher"]) for c in plan.configs for f in c["phases"] if f["teacher"]]:
         big = max(taught, key=lambda s: s.weights)
         held, kept = big.stored * big.weights / ranks, 2 * answers * big.layers * big.k * big.stored * p.max_length

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from kdlib.data import Collator
+from kdlib.data import Collator, stretches
 from kdlib.inference import generate, response_logits, response_rows
 
 
@@ -21,7 +21,9 @@ def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
 def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int | None]:
     """1 for every row whose greedy reply verifies, else 0; None where a row has no answer to check."""
     asked = [i for i, answer in enumerate(rows["answer"]) if answer is not None]
-    said = dict(zip(asked, replies(model, tokenizer, [m[:-1] for m in rows.select(asked)["messages"]], max_new_tokens)))
+    prompts = [row["input_ids"][:stretches(row["labels"])[-1][0]] for row in rows.select(asked)]  # as shortened as in training
+    answers = generate(model, prompts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    said = dict(zip(asked, tokenizer.batch_decode(answers, skip_special_tokens=True)))
     known = rows.remove_columns(["messages", "input_ids", "labels"])
     return [int(verify(row, said[i])) if i in said else None for i, row in enumerate(known)]
 

@@ -49,7 +49,8 @@ def harness(model, tokenizer, tasks: dict[str, dict], *, batch_size: int = 8, se
     its subtasks), then over tasks. Seeds the global generators. Raises ValueError, one sentence, as :func:`check_tasks` does.
     """
     check("tokenizer.chat_template", tokenizer.chat_template, object, "a template, in which tasks are asked", bool)
-    rows, means, found, lm = [], {}, check_tasks(tasks), {"pretrained": model, "tokenizer": tokenizer, "softmax_dtype": "float32"}
+    rows, means, found, lm = [], {}, check_tasks(tasks), {"pretrained": model, "tokenizer": tokenizer, "softmax_dtype": "float32",
+                                                   "add_bos_token": False}  # as in training, where the template says all
     from lm_eval.evaluator import TaskManager, simple_evaluate
     plain = {"generation_config": GenerationConfig(eos_token_id=tokenizer.eos_token_id)}  # without a model's penalties
     with patch.multiple(model, **plain), patch.multiple(getattr(model, "get_base_model", lambda: model)(), **plain):

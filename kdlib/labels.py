@@ -6,6 +6,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
@@ -22,14 +23,14 @@ def label(folder: str | Path, rows: Dataset | list[dict], *, base_url: str, mode
           top_logprobs=0, concurrency=16, max_retries=5, timeout=600.0, api_key: str | None = None, seed=0) -> Dataset:
     """``rows`` (``id``, ``messages``) with ``model``'s text as the last answer, ``finish_reason``, and ``logprobs`` (nats, by token
     in OpenAI's form) or None. ``folder``/answers.jsonl keeps what comes, a next call asks for the rest; empty answers stay, counted
-    in print. ``timeout`` in seconds; ``api_key`` or OPENAI_API_KEY. ValueError on a bad input, RuntimeError if a request fails.
+    in print, and so do those of prompts too long for the server (``finish_reason`` refused). ``timeout`` in seconds; ``api_key`` or OPENAI_API_KEY. ValueError on a bad input, RuntimeError if a request fails.
     """
     given, folder, api_key = locals(), Path(folder), (api_key or os.getenv("OPENAI_API_KEY") or "none").strip()
     presets.check("base_url", base_url, str, "one like 'http://localhost:8000/v1'", lambda v: v.startswith(("http:", "https:")))
     for name, low in LEAST.items():  # the first four of which decide what is said
         presets.check(name, given[name], type(low), f"{low} to {10**6}", lambda v: low <= v <= 10**6)
     try:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, BadRequestError
     except ImportError as error:
         raise ValueError("label asks through the openai package, which is missing; pip install 'kdlib[serve]'.") from error
     def prompt(row: dict) -> list[dict]:
@@ -52,10 +53,15 @@ def label(folder: str | Path, rows: Dataset | list[dict], *, base_url: str, mode
         async def work(client: AsyncOpenAI) -> None:
             with closing(queue):  # of all, who begin no more after an error
                 for row in queue:
-                    answer = await client.chat.completions.create(  # a server may have a top_p of its own; seeds tell draws apart
+                    call = partial(client.chat.completions.create,  # a server may have a top_p of its own; seeds tell draws apart
                         model=model, messages=prompt(row), max_tokens=max_new_tokens, temperature=temperature, top_p=1.0, **more,
                         seed=data.example_key((seed, row["id"])) % 2**31)
-                    said = answer.choices[0].model_dump(exclude_none=True, warnings=False)
+                    try:
+                        said = (await call()).choices[0].model_dump(exclude_none=True, warnings=False)
+                    except BadRequestError as error:  # a prompt too long for the server stays so
+                        if not any(words in str(error).lower() for words in ("context length", "too long", "maximum length")):
+                            raise
+                        said = {"message": {"content": ""}, "finish_reason": "refused"}
                     row["messages"] = [*prompt(row), {"role": "assistant", "content": "", **said["message"]}]
                     row |= {"logprobs": said.get("logprobs", {}).get("content"), "finish_reason": said.get("finish_reason")}
                     file.write(line := json.dumps(row).encode() + b"\n")

@@ -87,7 +87,7 @@ def _reach(make, name: str | Path, revision: str | None, trust: tuple, **how):
     except (OSError, ValueError, KeyError) as error:
         why = str(error).strip()
         remedy = next((say for marks, say in REMEDIES if any(m in why for m in marks)), REMEDIES[-1][1]).format(name=name)
-        raise ValueError(f"{name!r}{f' at {revision!r}' if revision else ''} cannot be loaded ({type(error).__name__}): {remedy}") from error
+        raise ValueError(f"{name!r}{f' at {revision!r}' if revision else ''} cannot be loaded ({type(error).__name__}: {(why or 'no reason given').splitlines()[0][:160]}): {remedy}") from error
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None, template: str | None = None, trust: tuple = ()):

@@ -30,14 +30,20 @@ Settings: {settings}
 """
 
 
-def distill(student: str, teacher: str, dataset: str, output_dir: str | Path, *, revision: str | None = None, split: str = "train",
+def _stamp(name: str) -> str | None:
+    """What stands for the revision of a model in a folder: its files."""
+    files = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")) if Path(name).is_dir() else []
+    return store.digest([[p.name, store.file_hash(p)] for p in files]) if files else None
+
+
+def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | Path, *, revision: str | None = None, split: str = "train",
             template: str | None = None, max_length: int = 1024, epochs: float = 1, batch_size: int = 16, learning_rate: float | dict = 1e-5,
             seeds: Sequence[int] = (0, 1, 2), validation_rows: int = 50, test_rows: int = 200, cache: dict | None = None, training: dict | None = None,
             alpha: float = 1.0, kind: str = "forward_kl", temperature: float = 1.0, workers: int = 1) -> SimpleNamespace:
     """Tune ``student`` on ``dataset`` by SFT and by KD from ``teacher``, with ``seeds`` that pair them, compare them on held-out rows, and save
-    the KD model of the first seed in ``output_dir/model``, with a model card, for plain ``transformers``.
+    the KD model of the first seed under ``output_dir/models``, with a model card, for plain ``transformers``.
 
-    Models are folders or hub ids; the dataset is a hub id, a JSON-lines or Parquet file, or a folder of them, as :mod:`kdlib.text` reads it. Both
+    Models are folders or hub ids; the dataset is a hub id, a JSON-lines or Parquet file, a folder of them, or a source of :mod:`kdlib.text`. Both
     models read the same tokens, in chat ``template`` (tulu, chatml; None: the student's own, which must mark what the assistant says).
     ``learning_rate`` is one for both or ``{"sft": …, "kd": …}``; ``cache`` and ``training`` are as in presets.toml. All that is finished in
     ``output_dir`` is kept, so a call that was stopped goes on. Returns ``model`` (its folder), ``frame`` (one row a run), ``gap`` (an
@@ -49,22 +55,28 @@ def distill(student: str, teacher: str, dataset: str, output_dir: str | Path, *,
     objective = vars(Objective(alpha=alpha, kind=kind, temperature=temperature))
     models.common_vocabulary(*(models.load_tokenizer(n, template=template) for n in (student, teacher)), *map(models.width, (student, teacher)))
     rates = learning_rate if isinstance(learning_rate, dict) else {"sft": learning_rate, "kd": learning_rate}
-    here = Path(dataset).expanduser()
+    if missing := {"sft", "kd"} - rates.keys():
+        raise ValueError(f"learning_rate={learning_rate!r} lacks {' and '.join(sorted(missing))}; allowed: a number, or one for sft and one for kd.")
+    here = Path(str(dataset)).expanduser()
     source = {"local": str(here.resolve())} if here.exists() else {"hub": dataset, "revision": revision, "split": split}
+    source = dataset if isinstance(dataset, dict) else source
     preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
                     train_rows=10**9, max_length=max_length, max_new_tokens=128, vocab_size=0, batch_size=batch_size, seeds=seeds,
-                    bases={"student": {"hub": student, "revision": None}}, teachers={"base": {"hub": teacher, "revision": None}},
-                    tokenizer={"name": student, "revision": None, "template": template}, domain={}, worlds=[0], metric=metric.name,
+                    bases={"student": {"hub": student, "revision": _stamp(student)}},
+                    teachers={"base": {"hub": teacher, "revision": _stamp(teacher)}},
+                    tokenizer={"name": student, "revision": _stamp(student), "template": template}, domain={}, worlds=[0], metric=metric.name,
                     learning_rate={m: {1: rates[m]} for m in ("sft", "kd")}, training=training or {},
                     cache=cache or {"form": "top_k", "k": 64, "dtype": "float16"})
     report = json.loads((stages.make(root, study.data_spec(preset, 0)) / "report.json").read_text(encoding="utf-8"))["train"]
     preset.budgets = [rows := report["rows"] - report["rows_dropped"]]
     preset.steps = math.ceil(epochs * rows / batch_size)
     runs = study.grid(preset, "data_budget", 0, kd={k: objective[k] for k in ("alpha", "kind", "temperature")})
-    folder, todo = root / "model", stages.tasks(runs, root, metric.name)
+    todo, needs = stages.tasks(runs, root, metric.name)
     first = next(config for labels, config in runs if (labels["method"], labels["seed"]) == ("kd", seeds[0]))
-    todo = {partial(*(t.func, *t.args), keep=folder) if first in t.args else t: cost for t, cost in todo.items()}
-    runner.compute(todo, workers)
+    folder = root / "models" / results.run_id(first)
+    kept, = (task for task in todo if first in task.args)
+    keeping = partial(kept, keep=folder)
+    runner.compute({keeping if t is kept else t: cost for t, cost in todo.items()}, workers, needs | {keeping: needs[kept]})
     records = results.read_records(root, "own", [results.run_id(c) for _, c in runs])
     frame = results.frame(records)
     gap, means = stats.paired_interval(stats.paired_gaps(frame, metric).gap), frame.groupby("method")[metric.name].mean()

@@ -7,25 +7,32 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 
 from tqdm import tqdm
 
 
-def compute(tasks: dict[Callable, float], workers: int = 0) -> None:
-    """Do all ``tasks``, begun in their order, with an estimate by their costs; each waits by itself for what another makes. In processes
-    here, one per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task that fails stops
-    the rest from starting; what runs finishes, and the error is raised.
+def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable, list[Callable]] | None = None) -> None:
+    """Do all ``tasks``, begun in their order when what they ``need`` of them is done, with an estimate by their costs. In processes here, one
+    per core with ``workers=0`` (with an accelerator, one), or on the Ray cluster that RAY_ADDRESS names. A task that fails stops the rest from
+    starting; what runs finishes, and the error is raised.
     """
+    waiting, futures = {task: {*(needs or {}).get(task, ())} & tasks.keys() for task in tasks}, {}
     bar = tqdm(total=sum(tasks.values()) or 1, file=sys.stdout, mininterval=0, smoothing=0,
                bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
     with (Ray() if os.environ.get("RAY_ADDRESS") else _processes(workers)) as pool, bar:
-        futures = {pool.submit(task): cost for task, cost in tasks.items()}
         try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                bar.set_description_str(f"{done} of {len(tasks)} tasks", refresh=False)
-                bar.update(futures[future])
+            while waiting or futures:
+                for task in [task for task, lacking in waiting.items() if not lacking]:
+                    del waiting[task]
+                    futures[pool.submit(task)] = task
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    done = futures.pop(future)
+                    for lacking in waiting.values():
+                        lacking.discard(done)
+                    bar.set_description_str(f"{len(tasks) - len(waiting) - len(futures)} of {len(tasks)} tasks", refresh=False)
+                    bar.update(tasks[done])
         except BrokenExecutor as error:
             raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from error
         finally:
@@ -56,7 +63,7 @@ def _quiet() -> None:
 
 def launch(configuration: str, module: str, *arguments: str) -> None:
     """Run a module in the processes that an Accelerate ``configuration`` asks for. RuntimeError, with what it said, if it fails."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "-m", module, *arguments]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", "0", "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines() or ["it said nothing"]

@@ -1,5 +1,6 @@
 """The artefacts that runs share (rendered data, models, teachers' answers and targets), and what one run does; specs.py says what fixes them."""
 
+import gc
 import json
 import math
 import os
@@ -149,15 +150,20 @@ def fit(model, tokenizer, sets: list[tuple], pools: list[list[int]], how: dict, 
 
 def _launch(root: Path, model, tokenizer, phase: dict, spec: dict) -> float:
     """:func:`tune` in the processes that ``accelerate launch`` starts; ``model`` takes over what they made."""
-    with tempfile.TemporaryDirectory(dir=root / ".cache", ignore_cleanup_errors=True) as name:
-        scratch = Path(name)
+    scratch = root / ".cache" / f".launch-{store.digest([phase, spec, os.getpid()])}"
+    try:
         model.to("cpu").save_pretrained(scratch / "before")
         tokenizer.save_pretrained(scratch / "before")
         (scratch / "job.json").write_text(json.dumps([str(root), phase, spec]), encoding="utf-8")
-        runner.launch(os.environ["KDLIB_LAUNCH"], "kdlib.stages", name)
+        gc.collect()
+        if torch.accelerator.is_available():  # what this process has freed is theirs
+            torch.accelerator.empty_cache()
+        runner.launch(os.environ["KDLIB_LAUNCH"], "kdlib.stages", str(scratch))
         model.load_state_dict(models.load(scratch / "after", device="cpu")[0].state_dict())
         model.to(models.device()).eval()
         return json.loads((scratch / "loss.json").read_text())
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _build_model(root: Path, spec: dict, folder: Path) -> None:
@@ -189,7 +195,7 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
         said = label(folder / "said", rows, base_url=server, model=by["hub"], **how)
     else:
-        said = teachers.write_answers(folder / "said", *open_model(root, by), rows, **how)
+        said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how)
     if known.verify:
         said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
     data.render(said, known.tokenizer, data_of(by)["max_length"], drop=True)[0].save_to_disk(folder)
@@ -197,8 +203,14 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = open_model(root, spec["teacher"])
+    model, tokenizer = _speaking(open_model(root, spec["teacher"]), read_data(root, data_of(spec["teacher"])))
     teachers.write_cache(folder, model, tokenizer, read_rows(root, spec["rows"], data_of(spec["teacher"]))[0], **spec["cache"])
+
+
+def _speaking(opened: tuple, known: SimpleNamespace) -> tuple:
+    """A model and its tokenizer, which renders conversations as the data's does."""
+    opened[1].chat_template, opened[1].eos_token = known.tokenizer.chat_template, known.tokenizer.eos_token
+    return opened
 
 
 def _build_scores(root: Path, spec: dict, folder: Path) -> None:
@@ -229,7 +241,8 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
     metrics["train_loss"] = loss
     if tasks := config["evaluate"].get("tasks"):
         scored, more = harness.harness(student, known.tokenizer, tasks)
-        metrics, items = metrics | scored, {k: [*items.get(k, [None] * len(items["id"])), *more[k]] for k in more}
+        items["correct"] = [None] * len(items["id"])  # the benchmarks decide
+        metrics, items = metrics | scored, {k: [*items[k], *more[k]] for k in more}
     if "/" in split:  # a domain's rows: what is left of the general skills?
         general, _ = _score(student, known, split.split("/")[1])
         metrics |= {f"general_{k}": general[k] for k in (metric.name, "nll")}
@@ -251,14 +264,22 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
     return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
 
 
-def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str) -> dict[partial, float]:
-    """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, the least deep first, so that few wait for another."""
-    found, deep = {}, []
-    for labels, config in runs:
-        found |= (below := all_of(json.dumps(config)))
-        deep.append((1 + max(d for d, _ in below.values()), partial(execute, root, labels, config, metric), 2.0))
-    deep += [(d, partial(make, root, spec), COSTS[name.split("-")[0]]) for name, (d, spec) in found.items() if not path(root, spec).is_dir()]
-    return {task: cost for _, task, cost in sorted(deep, key=lambda entry: entry[0])}
+def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str) -> tuple[dict[partial, float], dict[partial, list[partial]]]:
+    """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, first what the longest chain of others waits for; and
+    what each needs of the others.
+    """
+    below = [all_of(json.dumps(config)) for _, config in runs]
+    made = {name: (depth, spec, partial(make, root, spec)) for found in below for name, (depth, spec) in found.items() if not path(root, spec).is_dir()}
+    costs = {task: COSTS[name.split("-")[0]] for name, (*_, task) in made.items()}
+    needs = {task: [made[name][2] for name in all_of(json.dumps(spec)) if name in made] for _, spec, task in made.values()}
+    for (labels, config), found in zip(runs, below):
+        costs[task := partial(execute, root, labels, config, metric)] = 2.0
+        needs[task] = [made[name][2] for name in found if name in made]
+    chain = dict(costs)
+    for task in [*list(costs)[len(made):], *(t for _, _, t in sorted(made.values(), key=lambda entry: -entry[0]))]:
+        for other in needs[task]:
+            chain[other] = max(chain[other], costs[other] + chain[task])
+    return {task: costs[task] for task in sorted(costs, key=lambda task: -chain[task])}, needs
 
 
 if __name__ == "__main__":  # one of the processes that _launch starts

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,7 +23,13 @@ def digest(value, length: int = 16) -> str:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a file's bytes, in hex; read once by a process as long as the file stays as it is."""
+    about = os.stat(path)
+    return _file_hash(str(path), about.st_mtime_ns, about.st_size, about.st_ino)
+
+
+@lru_cache(maxsize=100_000)
+def _file_hash(path: str, *about: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -89,10 +96,10 @@ def fill(path: Path, build: Callable[[Path], None], resumes: bool = False, **abo
         files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
         write_atomic(work / "manifest.json", json.dumps({**about, "files": files}, indent=1))
         os.replace(work, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):  # as safetensors puts it
             raise
-        raise OSError(error.errno, f"The disk is full under {path.parent}; free some of it and run again: what was finished is kept.") from error
+        raise OSError(errno.ENOSPC, f"The disk is full under {path.parent}; free some of it and run again: what was finished is kept.") from error
     finally:
         if not resumes:
             shutil.rmtree(work, ignore_errors=True)

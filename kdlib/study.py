@@ -156,7 +156,7 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.model("student"),
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
         runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases,
-                              "evaluate": {"on": f"{domain}/{split}" if d else split, **({"tasks": preset.tasks} if hasattr(preset, "tasks") and not d else {})}}))
+                              "evaluate": {"on": f"{domain}/{split}" if d else split, **({"tasks": preset.tasks} if hasattr(preset, "tasks") and not d and split == "test" else {})}}))
     return runs
 
 
@@ -177,11 +177,11 @@ def run(plan: Plan) -> list[dict]:
         from kdlib import stages
         if tasks := getattr(plan.preset, "tasks", None):
             stages.harness.check_tasks(tasks)
-        todo = stages.tasks(missing, plan.root, plan.preset.metric)
+        todo, needs = stages.tasks(missing, plan.root, plan.preset.metric)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers)
+            runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers, needs)
             _check_one_origin(plan, found)
-        runner.compute(todo, plan.workers)
+        runner.compute(todo, plan.workers, needs)
         found = results.read_records(plan.root, plan.preset.name, plan.ids)
         _check_one_origin(plan, found)
     return found

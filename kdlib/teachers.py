@@ -157,8 +157,10 @@ def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows
     generator = torch.Generator().manual_seed(spec.get("seed", 0) * 1_000_003 + number)
     collate, out = Collator(tokenizer.pad_token_id), [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start:start + batch_size]
+    wide = 1 if spec["form"] == "hidden" else spec["vocabulary"]
+    while left := len(order):
+        longest = len(rows[order[min(batch_size, left) - 1]]["input_ids"])
+        chunk = [order.pop(0) for _ in range(max(1, min(batch_size, left, 2**29 // (longest * wide))))]  # whose logits are held at once
         batch = {n: v.to(model.device) for n, v in collate([rows[i] for i in chunk]).items()}
         mask, _ = inference.response_rows(batch)
         parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in _pack(model, batch, mask, spec, generator).items()}

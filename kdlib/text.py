@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import zlib
+from collections import Counter
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -22,10 +23,10 @@ from datasets.exceptions import DatasetGenerationError
 from jinja2 import Template
 
 from kdlib.data import Corpus, processes
-from kdlib.store import file_hash
+from kdlib.store import digest, file_hash
 
 COLUMNS = (("instruction", "context", "response"), ("instruction", "input", "output"), ("prompt", None, "completion"))  # Dolly, Alpaca, TRL
-FEATURES = Features({"messages": [{"role": Value("string"), "content": Value("string")}], **dict.fromkeys(("prompt", "whole"), Value("int64")),
+FEATURES = Features({"messages": [{"role": Value("string"), "content": Value("string")}], **dict.fromkeys(("prompt", "whole", "first"), Value("int64")),
                      **dict.fromkeys(("id", "skill", "suite", "answer", "fate"), Value("string"))})
 FINAL = re.compile(r"Answer: *(.+?)[\s.]*$")
 
@@ -62,8 +63,9 @@ def load_rows(source: dict) -> Dataset:
     try:
         return load_dataset(source["hub"], source.get("hub_config"), revision=source.get("revision"), split=source.get("split", "train"))
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
-        raise FileNotFoundError(f"Neither the hub nor local data can be reached for {source.get('hub')!r} ({type(error).__name__}): connect to the "
-                                f"internet (gated sets: `hf auth login`), or set KDLIB_DATA to a folder that holds {source.get('local')!r}.") from error
+        why, local = f"{type(error).__name__}: {error}".split("\n")[0][:200], source.get("local")
+        raise FileNotFoundError(f"Neither the hub nor local data can be reached for {source.get('hub')!r} ({why}): connect to the internet (gated sets: "
+                                f"`hf auth login`){f', or set KDLIB_DATA to a folder that holds {local!r}' if local else ''}.") from error
 
 
 def _lines(files: list[str]):
@@ -124,19 +126,21 @@ def _normal(row: dict, number: int, source: dict, name: str) -> dict:
         final = FINAL.search(messages[-1]["content"]) if messages else None  # kept of unanswered ones too, to count right labels
         if source.get("unanswered"):
             messages = [*(m for m in messages if m["role"] != "assistant"), {"role": "assistant", "content": ""}]
-        elif not any(m["role"] == "assistant" for m in messages):
+        elif not (last := max((i for i, m in enumerate(messages, 1) if m["role"] == "assistant"), default=0)):
             raise ValueError(f"{where}: row {identifier!r} has no assistant's turn, so there is nothing to learn from it.")
-        elif not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
-            fate = "empty"
+        else:
+            messages = messages[:last]  # what nobody answers teaches nothing
+            fate = "kept" if all(m["content"].strip() for m in messages if m["role"] == "assistant") else "empty"
     found = source.get("category_in_id") and re.match(source["category_in_id"], identifier)
     kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
     return {"id": identifier, "messages": messages, "skill": kind, "suite": "seen", "answer": final and final[1], "fate": fate,
-            "prompt": _key([m for m in messages if m["role"] != "assistant"]), "whole": _key(messages)}
+            "prompt": _key([m for m in messages if m["role"] != "assistant"]), "whole": _key(messages),
+            "first": _key([m for m in messages[:2] if m["role"] != "assistant"])}
 
 
 def conversations(source: dict, num_proc: int | None = None) -> tuple[Dataset, dict]:
-    """Rows as ``id``, ``messages``, ``skill``, ``suite``, ``answer`` and ``prompt``, a key of all that is said before or between the answers, in
-    an order drawn by it; no conversation twice. Also counts of what was left out. ValueError if nothing is left.
+    """Rows as ``id``, ``messages``, ``skill``, ``suite``, ``answer``, ``first``, a key of what is said before the first answer, and ``prompt``,
+    of all that is said before or between answers, in an order drawn by it; no conversation twice, no id either. Also counts of what was left out. ValueError if nothing is left.
     """
     rows, name, where = load_rows(source), str(source.get("local") or source["hub"]), source.get("where", {}) if find(source) else {}
     rows = rows.map(_normal, with_indices=True, fn_kwargs={"source": {**source, "where": where}, "name": name}, remove_columns=rows.column_names,
@@ -148,7 +152,12 @@ def conversations(source: dict, num_proc: int | None = None) -> tuple[Dataset, d
         wanted = " with " * bool(where) + ", ".join(f"{k}={v!r}" for k, v in where.items())
         raise ValueError(f"{name} has no row{wanted} among its {len(rows)} that says something; the study needs some.")
     report = {"rows_read": int((fate != "other").sum()), "empty_answers_dropped": int((fate == "empty").sum()), "duplicates_dropped": len(kept) - len(first)}
-    return rows.select(first[np.lexsort((first, prompt[first]))]).remove_columns(["whole", "fate"]), report
+    rows = rows.select(first[np.lexsort((first, prompt[first]))]).remove_columns(["whole", "fate"])
+    if len(set(ids := list(rows["id"]))) < len(ids):
+        times = Counter()
+        rows = rows.remove_columns("id").add_column("id", [f"{i}#{times[i]}" if times.update([i]) or times[i] > 1 else i for i in ids])
+    rows._fingerprint = digest([name, report, len(rows), int(prompt.sum())])  # of what was read, not of this code
+    return rows, report
 
 
 def split(train: dict, test: dict, *, validation_rows: int, test_rows: int) -> tuple[dict[str, Dataset], dict]:
@@ -160,8 +169,8 @@ def split(train: dict, test: dict, *, validation_rows: int, test_rows: int) -> t
     own = test.keys() & {"hub", "split"} or (test and find(test))
     held = conversations({**train, **test})[0] if own else rows.select(range(len(rows) - min(test_rows, len(rows) // 20), len(rows)))
     tests = held.select(np.argsort([_key([{"role": "", "content": i}]) for i in held["id"]])[:test_rows])
-    prompts, taken = (r.with_format("numpy")["prompt"][:] for r in (rows, held))
-    free = np.flatnonzero(~np.isin(prompts, taken))
+    (prompts, taken), (firsts, heard) = ([r.with_format("numpy")[k][:] for r in (rows, held)] for k in ("prompt", "first"))
+    free = np.flatnonzero(~np.isin(prompts, taken) & ~np.isin(firsts, heard))
     checks, rest = np.split(free, [min(validation_rows, len(free) // 4)])
     if not min(len(tests), len(checks)):
         raise ValueError(f"{train.get('local') or train['hub']} has {len(rows)} conversations of its own, too few to hold any out; allowed: 20 or more.")
@@ -183,7 +192,7 @@ def corpus(world_seed: int, *, train: dict, test: dict, pretrain: dict | None = 
         free = np.flatnonzero(~np.isin(pool.with_format("numpy")["prompt"][:], held))
         own |= {"train": own["train"].select(range(min(len(own["train"]), d["annotated_rows"]))), "pool": pool.select(free[-d["unlabelled_rows"]:])}
         sets |= {f"{name}/{k}": v for k, v in own.items()}
-    return Corpus(pretrain=lambda: _plain(pretrain), sets={n: rows.remove_columns("prompt") for n, rows in sets.items()}, report=report)
+    return Corpus(pretrain=lambda: _plain(pretrain), sets={n: rows.remove_columns(["prompt", "first"]) for n, rows in sets.items()}, report=report)
 
 
 def verifier(world_seed: int):

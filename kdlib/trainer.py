@@ -150,6 +150,8 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
         lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=0.0, train_sampling_strategy="sequential",
         remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available(), report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, **arguments)
+    if args.n_gpu > 1:  # one device a process: KDLIB_LAUNCH starts more processes
+        args._n_gpu = 1
     trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id, pack=True),
                                   processing_class=tokenizer, teacher=teacher, objective=objective)
     trainer.remove_callback(PrinterCallback)

@@ -6,15 +6,15 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 WORDS = "the a cat dog bird tree house river runs sleeps sings sees near under over big small red old day night one two three".split()
 FAMILIES = {
-    "llama": {"model": LlamaForCausalLM, "config": LlamaConfig, "special": ["<|begin_of_text|>", "<|end_of_text|>"], "end": "<|end_of_text|>",
+    "llama": {"model": LlamaForCausalLM, "config": LlamaConfig, "special": ["<|begin_of_text|>", "<|end_of_text|>"], "end": "<|end_of_text|>", "begin": {"bos_token": "<|begin_of_text|>"},
               "names": {"meta-llama/Llama-3.2-1B": (32, 2, 8), "meta-llama/Llama-3.2-1B-Instruct": (32, 2, 8),
                         "allenai/Llama-3.1-Tulu-3-8B-SFT": (48, 2, 24), "allenai/Llama-3.1-Tulu-3-8B": (48, 2, 24), "allenai/Llama-3.1-Tulu-3-70B": (64, 2, 24)}},
-    "qwen": {"model": Qwen2ForCausalLM, "config": Qwen2Config, "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "end": "<|endoftext|>",
+    "qwen": {"model": Qwen2ForCausalLM, "config": Qwen2Config, "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "end": "<|endoftext|>", "begin": {},
              "names": {"Qwen/Qwen2.5-0.5B": (32, 2, 8), "Qwen/Qwen2.5-0.5B-Instruct": (32, 2, 8), "Qwen/Qwen2.5-7B-Instruct": (48, 2, 40),
                        "Qwen/Qwen2.5-14B-Instruct": (48, 2, 40), "Qwen/Qwen2.5-32B-Instruct": (64, 2, 40)}},
 }
@@ -31,8 +31,10 @@ def build_models(root: Path, family: str) -> Path:
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.train_from_iterator([sentence(rng, 20) for _ in range(200)] + ["user assistant Answer: yes no maybe"] * 20, trainers.BpeTrainer(
         vocab_size=340, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=f["special"]))
+    if f["begin"]:  # before every text, as Llama 3's does; a chat template says itself what comes first
+        core.post_processor = processors.TemplateProcessing(single=f"{f['begin']['bos_token']} $A", special_tokens=[(f["begin"]["bos_token"], 0)])
     for seed, (name, (hidden, layers, padding)) in enumerate(f["names"].items()):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(core.to_str()), eos_token=f["end"])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(core.to_str()), eos_token=f["end"], **f["begin"])
         if "Tulu" in name:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
             tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{% endfor %}"  # marks nothing

@@ -41,7 +41,7 @@ def test_both_methods_are_compared_on_paired_seeds(done):
 
 def test_plain_transformers_loads_the_model_and_its_card_says_what_was_measured(done):
     found, folder = done
-    assert found.model == folder / "model"
+    assert found.model.parent == folder / "models"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(found.model), AutoTokenizer.from_pretrained(found.model)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a cat"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
@@ -61,6 +61,7 @@ def test_a_second_call_trains_nothing_and_finds_the_same(done, shelf):
 @pytest.mark.parametrize("change, message", [
     ({"seeds": [0]}, r"seeds=\[0\] is not allowed; allowed: at least two different whole numbers"),
     ({"epochs": 0}, "epochs=0 is not allowed; allowed: a number above 0"),
+    ({"learning_rate": {"sft": 1e-3}}, r"learning_rate=\{'sft': 0.001\} lacks kd; allowed: a number, or one for sft and one for kd"),
     ({"alpha": 2.0}, "alpha=2.0 is not allowed"), ({"template": "vicuna"}, "template='vicuna' is not allowed; allowed: tulu, chatml"),
     ({"template": None}, "has no chat template; allowed: a template of kdlib's")])
 def test_what_does_not_fit_is_said_before_any_training(shelf, tmp_path, change, message):

@@ -67,7 +67,10 @@ def test_the_standard_design_has_the_presets_folder_and_others_their_own(tmp_pat
 @pytest.mark.parametrize("experiment", [e for e in ARMS if e != "two_stage_domain"])
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_runs_of_a_seed_are_paired(preset, experiment):
-    assert not preset.lacks(experiment)
+    if lacking := preset.lacks(experiment):
+        with pytest.raises(ValueError, match=rf"preset='{preset.name}' has no {' and no '.join(lacking)} teacher; allowed: smoke, lab, realtext-gpu"):
+            study.plan(experiment, {"preset": preset.name})
+        return
     arms = sum(teacher not in OPTIONAL or teacher in preset.teachers for _, teacher in ARMS[experiment])
     runs = study.grid(preset, experiment, 0)
     assert len({results.run_id(c) for _, c in runs}) == len(runs) == arms * len(preset.budgets) * len(preset.seeds)
@@ -131,11 +134,11 @@ def test_bad_domain_parameters_are_named(tmp_path, parameters, message):
 
 
 def test_what_a_preset_lacks(monkeypatch):
-    assert {(p.name, e) for p in PRESETS.values() for e in ARMS if p.lacks(e)} == {("realtext", "two_stage_domain")}
+    assert {(p.name, e) for p in PRESETS.values() for e in ARMS if p.lacks(e)} == {("realtext", e) for e in ("teacher_strength", "lr_sweep", "two_stage_domain")}
     bare = changed(SMOKE, teachers={"base": SMOKE.teachers["base"]}, domain={})
     assert [bare.lacks(e) for e in ("data_budget", "teacher_strength", "two_stage_domain")] == [[], ["strong", "weak"], ["domain"]]
     monkeypatch.setitem(study.PRESETS, "smoke", bare)
-    for experiment, lack, able in (("teacher_strength", "no strong and no weak teacher", "lab, realtext, realtext-gpu, paper, paper-qwen"),
+    for experiment, lack, able in (("teacher_strength", "no strong and no weak teacher", "lab, realtext-gpu, paper, paper-qwen"),
                                    ("two_stage_domain", "no domain", "lab, realtext-gpu, paper, paper-qwen")):
         with pytest.raises(ValueError, match=rf"preset='smoke' has {lack}; allowed: {able}\."):
             study.plan(experiment, {"preset": "smoke"})
@@ -404,8 +407,9 @@ def text_preset(monkeypatch, folder):
     tuning = {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}
     return changed(
         real, source={**real.source, "validation_rows": 10, "test_rows": 25, "domains": domains}, train_rows=140, max_length=64, vocab_size=400,
-        max_new_tokens=6, bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
-        teachers={name: {**t, "tuning": tuning} for name, t in real.teachers.items()},
+        max_new_tokens=6, bases={name: {**base, **quick, "model": real.bases.get(name, real.bases["teacher"])["model"]} for name, base in PRESETS["realtext-gpu"].bases.items()},
+        steps=4, batch_size=4, budgets=(10, 140),
+        teachers={name: {**t, "tuning": tuning} for name, t in PRESETS["realtext-gpu"].teachers.items()},
         domain={**PRESETS["realtext-gpu"].domain, "rows": 30, "pool_rows": 30, "budgets": [10, 20], "pools": [10, 20], "seeds": [0, 1], "steps": 4})
 
 

@@ -42,7 +42,7 @@ def load(path: str, num_proc: int) -> None:
     sample = (" ".join(WORDS[i:i + 20]) for i in range(0, len(WORDS), 20))
     tokenizer = models.build_tokenizer(None, list(sample) * 50, 2000)
     rows, report = text.conversations({"local": path}, num_proc)
-    rendered, counts = data.render(rows.remove_columns("prompt"), tokenizer, 4096, drop=True, num_proc=num_proc)
+    rendered, counts = data.render(rows.remove_columns(["prompt", "first"]), tokenizer, 4096, drop=True, num_proc=num_proc)
     budgets = data.nested_order(list(rendered["skill"]), 0)
     print(json.dumps({**report, **counts, "budgeted": len(budgets), **data.lengths(rendered.select(range(min(20_000, len(rendered)))))}))
 
