@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdlib import costs, lab, plots, results, store
+from kdlib import lab, plots, results, store
+from kdlib.costs import check
 from kdlib.presets import PRESETS
 
 NAMES = {"trl": "TRL's GKD trainer", "trl tokenized": "the same, tokenized before", "live": "kdlib, live teacher",
@@ -209,7 +210,7 @@ def plans(root: Path) -> str:
     names, rows = {"tokens": "tokens", "response_tokens": "response tokens", "train_s": "seconds of training", "peak_memory_mib": "memory of a process"}, []
     for preset in sorted(p.parent.name for p in root.glob("*/runs")):
         found = [results.read_record(p) for p in sorted((root / preset / "runs").glob("*.json"))]
-        for name, row in costs.check(found).iterrows():
+        for name, row in check(found).iterrows():
             rows.append([preset, names[name], f"{row.error:.1%}", f"{row.worst:.0%}"])
     return markdown(["runs of", "quantity", "median error", "largest"], rows)
 

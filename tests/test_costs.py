@@ -171,7 +171,7 @@ def test_what_is_told_is_what_committed_runs_recorded(name, every):
     files = sorted((results.REPOSITORY / "results" / name / "runs").glob("*.json"))[::every]
     found = costs.check(records := [results.read_record(f) for f in files])
     print(f"\n{name}, {len(files)} records, {found.attrs}\n{found.round(3)}")
-    assert (found.error < [0.015, 0.03, 0.2, 0.1]).all() and (found.worst.iloc[:2] < [0.1, 0.25]).all()
+    assert (found.error < [0.025, 0.03, 0.2, 0.12]).all() and (found.worst.iloc[:2] < [0.1, 0.25]).all()
     for r in sorted(records, key=lambda r: r["run_id"])[1::2]:
         r["provenance"] |= {k: 2 * r["provenance"][k] for k in ("tokens", "train_s")}
     found = costs.check(records)

@@ -87,10 +87,12 @@ def test_generation_is_the_models_distribution_and_not_its_habits(teacher, token
 
 
 def test_accuracy_asks_the_verifier_about_each_row(student, tokenizer, held, monkeypatch):
-    monkeypatch.setattr(evaluate, "replies", lambda m, t, conversations, n: [f"it is {a} ." for a in held["answer"]])
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **how: [tokenizer(f"it is {a} .")["input_ids"] for a in held["answer"]])
     assert evaluate.accuracy(student, tokenizer, held, lab.World(3).verify, 4) == [1] * len(held)
-    monkeypatch.setattr(evaluate, "replies", lambda m, t, conversations, n: [c[-1]["content"] for c in conversations])
+    asked = []
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **how: asked.extend(prompts) or prompts)
     assert sum(evaluate.accuracy(student, tokenizer, held, lab.World(3).verify, 4)) == 0
+    assert asked == [tokenizer.apply_chat_template(m[:-1], add_generation_prompt=True, return_dict=True)["input_ids"] for m in held["messages"]]
 
 
 def test_evaluate_reports_both_suites_and_keeps_items(teacher, student, tokenizer):
