@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable
     bar = tqdm(total=sum(tasks.values()) or 1, file=sys.stdout, mininterval=0, smoothing=0,
                bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
     with (Ray() if os.environ.get("RAY_ADDRESS") else _processes(workers)) as pool, bar:
+        bar.set_description_str(f"0 of {len(tasks)} tasks", refresh=False)
         try:
             while waiting or futures:
                 for task in [task for task, lacking in waiting.items() if not lacking]:
@@ -63,7 +65,10 @@ def _quiet() -> None:
 
 def launch(configuration: str, module: str, *arguments: str) -> None:
     """Run a module in the processes that an Accelerate ``configuration`` asks for. RuntimeError, with what it said, if it fails."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", "0", "-m", module, *arguments]
+    with socket.socket() as free:  # so that two that start together do not meet
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", port, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines() or ["it said nothing"]

@@ -146,10 +146,10 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     args = TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size // ranks // parts, learning_rate=learning_rate,
-        gradient_accumulation_steps=parts, seed=seed, use_cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=parts, seed=seed,
         lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=0.0, train_sampling_strategy="sequential",
         remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available(), report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, **arguments)
+        logging_strategy="no", disable_tqdm=True, **{"use_cpu": not torch.accelerator.is_available(), **arguments})
     if args.n_gpu > 1:  # one device a process: KDLIB_LAUNCH starts more processes
         args._n_gpu = 1
     trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id, pack=True),

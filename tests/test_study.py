@@ -351,7 +351,7 @@ def test_damaged_claims_are_named_before_anything_is_trained(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_every_teacher_is_tuned_on_all_of_the_training_data(preset):
-    for name in (n for n in ("weak", "base") if "tuning" in preset.teachers[n]):
+    for name in (n for n in ("weak", "base") if "tuning" in preset.teachers.get(n, {})):
         tuning = preset.teachers[name]["tuning"]
         assert tuning["steps"] * tuning.get("batch_size", preset.batch_size) >= preset.train_rows
 
@@ -408,7 +408,7 @@ def text_preset(monkeypatch, folder):
     return changed(
         real, source={**real.source, "validation_rows": 10, "test_rows": 25, "domains": domains}, train_rows=140, max_length=64, vocab_size=400,
         max_new_tokens=6, bases={name: {**base, **quick, "model": real.bases.get(name, real.bases["teacher"])["model"]} for name, base in PRESETS["realtext-gpu"].bases.items()},
-        steps=4, batch_size=4, budgets=(10, 140),
+        learning_rate=PRESETS["realtext-gpu"].learning_rate, steps=4, batch_size=4, budgets=(10, 140),
         teachers={name: {**t, "tuning": tuning} for name, t in PRESETS["realtext-gpu"].teachers.items()},
         domain={**PRESETS["realtext-gpu"].domain, "rows": 30, "pool_rows": 30, "budgets": [10, 20], "pools": [10, 20], "seeds": [0, 1], "steps": 4})
 
