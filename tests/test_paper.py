@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import hub
 import pandas as pd
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kdlib import data, models, results, stages, stats, study
 
+pytestmark = pytest.mark.skipif("KDLIB_PAPER" not in os.environ, reason="takes minutes; KDLIB_PAPER=1 runs it")
 CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
 
 
