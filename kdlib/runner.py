@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 
+import psutil
 from tqdm import tqdm
 
 
@@ -48,9 +50,18 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
-    """An end of its own when the parent is killed."""
-    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+    end_with(multiprocessing.parent_process().pid)
     _quiet()
+
+
+def end_with(process: int) -> None:
+    """End this process soon after that of this number has ended, however it did."""
+    def watch():
+        while psutil.pid_exists(process):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _quiet() -> None:

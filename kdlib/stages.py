@@ -154,7 +154,7 @@ def _launch(root: Path, model, tokenizer, phase: dict, spec: dict) -> float:
     try:
         model.to("cpu").save_pretrained(scratch / "before")
         tokenizer.save_pretrained(scratch / "before")
-        (scratch / "job.json").write_text(json.dumps([str(root), phase, spec]), encoding="utf-8")
+        (scratch / "job.json").write_text(json.dumps([str(root), phase, spec, os.getpid()]), encoding="utf-8")
         gc.collect()
         if torch.accelerator.is_available():  # what this process has freed is theirs
             torch.accelerator.empty_cache()
@@ -284,6 +284,7 @@ def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str) -> tuple[dict[
 
 if __name__ == "__main__":  # one of the processes that _launch starts
     where = Path(sys.argv[1])
-    base, wanted, about = json.loads((where / "job.json").read_text(encoding="utf-8"))
+    base, wanted, about, parent = json.loads((where / "job.json").read_text(encoding="utf-8"))
+    runner.end_with(parent)
     _, final = tune(Path(base), *models.load(where / "before", device="cpu"), wanted, about, where / "after")
     store.write_atomic(where / "loss.json", json.dumps(final))

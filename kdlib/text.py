@@ -203,8 +203,9 @@ def verifier(world_seed: int):
 def origin(**sources) -> dict[str, str] | None:
     """SHA-256 of the local files that :func:`corpus` reads with these arguments; None if it reads from the hub."""
     parts = [s for d in (sources, *sources.get("domains", {}).values()) for s in d.values() if isinstance(s, dict) and "local" in s]
-    paths = [path for s in parts if (path := find(s))]
-    return {p.name: file_hash(p) for path in paths for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file()} or None
+    found = [(s["local"], path) for s in parts if (path := find(s))]
+    return {str(Path(name, p.relative_to(path))): file_hash(p) for name, path in found
+            for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file()} or None
 
 
 def _plain(source: dict) -> list[str]:

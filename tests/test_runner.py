@@ -63,6 +63,16 @@ def test_a_worker_that_dies_is_reported(tmp_path):
     assert (tmp_path / "a").exists()
 
 
+def test_who_ends_with_another_outlives_it_by_little():
+    waits = [sys.executable, "-c", "import time; time.sleep(60)"]
+    bound = "import os, sys, time\nfrom kdlib import runner\nrunner.end_with(int(sys.argv[1]))\nprint('ready', flush=True)\ntime.sleep(60)"
+    with subprocess.Popen(waits) as other, subprocess.Popen([sys.executable, "-c", bound, str(other.pid)], stdout=subprocess.PIPE) as mine:
+        assert mine.stdout.readline() and mine.poll() is None
+        other.kill()
+        other.wait()
+        assert mine.wait(timeout=20) == 1
+
+
 def _die_once(folder: str) -> None:
     if not (Path(folder) / "died").exists():
         (Path(folder) / "died").touch()

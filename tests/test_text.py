@@ -114,6 +114,11 @@ def test_the_origin_is_the_local_files_content(folder, monkeypatch):
     assert list(first) == ["plain.jsonl", "train.jsonl.gz", "test.jsonl"] and first == text.origin(**source)
     write(folder / "plain.jsonl", [{"text": "It was a dark night."}])
     assert {n for n in first if first[n] != text.origin(**source)[n]} == {"plain.jsonl"}
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        write(folder / name / "rows.jsonl", [{"text": name}])
+    both = text.origin(train=local("a"), test=local("b/rows.jsonl"))
+    assert list(both) == ["a/rows.jsonl", "b/rows.jsonl"] and len(set(both.values())) == 2, "equal names in two folders"
     monkeypatch.delenv("KDLIB_DATA")
     assert text.origin(**source) is None
 
