@@ -103,18 +103,18 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if not {"source", "of"} & s.keys()}
     for spec in [*(s for s in made.values() if not (missing and specs.path(plan.root, s).is_dir())), *runs]:
         work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else held
-        reads = [(w, spec, name) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
+        reads = [(w, spec, name, None) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
         if work in ("by", "cache"):
-            reads = [(work, spec.get("teacher", spec.get("by")), part["set"]) for part in spec.get("rows", [spec])]
+            reads = [(work, spec.get("teacher", spec.get("by")), part["set"], part.get("only", part).get("budget")) for part in spec.get("rows", [spec])]
         elif work != "hub":
             table[work][1:4] += _trained(spec, length)
         if work == "evaluate" and (teacher := specs.teacher_of(spec)):
-            reads += [("scores", teacher, *on)]
+            reads += [("scores", teacher, *on, None)]
         table[work] += 1, 0, 0, 0, 0, shape(spec).stored * shape(spec).weights if work in ("hub", "pretrain", "phases") else 0
-        for w, model, name in reads:
+        for w, model, name, budget in reads:
             s, (t, r), known = shape(model), length(name), TABLE["rows"].get("/" * ("/" in name) + name.split("/")[-1], "")
             own = f"{name.rpartition('/')[0]}/{known}"
-            n = sizes.get(name) or sizes.get(f"{name}_rows") or sizes.get(own) or sizes.get(known) or p.train_rows
+            n = budget or sizes.get(name) or sizes.get(f"{name}_rows") or sizes.get(own) or sizes.get(known) or p.train_rows
             t, r = (t - r * (t > r) + told, told) if w in ("by", "replies") else (t, r)
             kept = n * r * cache_bytes(s, **spec["cache"]) if w == "cache" else 0
             table[w] += w in ("scores", "replies"), n * t, n * r, flops(s, n, n * t, n * r), kept, kept

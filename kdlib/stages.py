@@ -119,18 +119,24 @@ def tune(root: Path, model, tokenizer, phase: dict, spec: dict, save_to: Path | 
     KDLIB_LAUNCH, in as many processes as that says; ``save_to`` is where those leave the model.
     """
     rows, skills, _ = read_rows(root, phase["rows"], spec)
-    pools, start = [], 0
-    for part, own in zip(phase["rows"], skills):
-        if (budget := part.get("budget", 0)) > len(own) and budget != spec["train_rows"]:  # which means all that there are
-            raise ValueError(f"budget={budget} is above set {part['set']!r}; allowed: up to {len(own)} rows.")
-        chosen = data.nested_order(own, part["seed"])[:budget] if budget else range(len(own))
-        pools.append([start + i for i in chosen])
-        start += len(own)
+    pools = _pools(phase["rows"], skills, spec)
     targets = teachers.Cached(make(root, targets_of(phase))) if phase["teacher"] else None
     if os.environ.get("KDLIB_LAUNCH") and save_to is None:
         return data.Rows(rows.sets, _order(pools, phase)), _launch(root, model, tokenizer, phase, spec)
     return fit(model, tokenizer, rows.sets, pools, phase, teacher=targets, save_to=save_to,
                objective=Objective(**{f.name: phase[f.name] for f in fields(Objective) if f.name in phase}))
+
+
+def _pools(parts: list[dict], skills: list[list[str]], spec: dict) -> list[list[int]]:
+    """The numbers of the rows that the budgets of ``parts`` leave, part by part."""
+    pools, start = [], 0
+    for part, own in zip(parts, skills):
+        if (budget := part.get("budget", 0)) > len(own) and budget != spec["train_rows"]:  # which means all that there are
+            raise ValueError(f"budget={budget} is above set {part['set']!r}; allowed: up to {len(own)} rows.")
+        chosen = data.nested_order(own, part["seed"])[:budget] if budget else range(len(own))
+        pools.append([start + i for i in chosen])
+        start += len(own)
+    return pools
 
 
 def _order(pools: list[list[int]], how: dict) -> list[int]:
@@ -192,6 +198,8 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     known, by = read_data(root, data_of(spec["by"])), spec["by"]
     how = {"max_new_tokens": known.longest, "temperature": spec["temperature"], "seed": spec["seed"]}
     rows = known.rows(spec["set"]).remove_columns(["input_ids", "labels"])
+    if part := spec.get("only"):
+        rows = rows.select(_pools([{**part, "set": spec["set"]}], [list(rows["skill"])], data_of(by))[0])
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
         said = label(folder / "said", rows, base_url=server, model=by["hub"], **how)
     else:
@@ -204,7 +212,9 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
     model, tokenizer = _speaking(open_model(root, spec["teacher"]), read_data(root, data_of(spec["teacher"])))
-    teachers.write_cache(folder, model, tokenizer, read_rows(root, spec["rows"], data_of(spec["teacher"]))[0], **spec["cache"])
+    rows, skills, _ = read_rows(root, spec["rows"], known := data_of(spec["teacher"]))
+    order = [i for pool in _pools(spec["rows"], skills, known) for i in pool]
+    teachers.write_cache(folder, model, tokenizer, data.Rows(rows.sets, order), **spec["cache"])
 
 
 def _speaking(opened: tuple, known: SimpleNamespace) -> tuple:

@@ -137,12 +137,15 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         (budgets, "budgets"), (seeds, "seeds"), (domains, "names"), (pools, "pools")))
     able = [arm for arm in arms or ARMS[experiment] if d or arm[1] not in OPTIONAL or arm[1] in preset.teachers]
     for domain, budget, seed, pool, (method, name) in product(domains, budgets, seeds, pools, able):
-        human = {"set": f"{domain}/train" if d else "train", "budget": budget, "seed": seed}
+        prefix = {"budget": budget, "seed": seed}
+        alone = not d and budget <= getattr(preset, "alone", 0)
+        human = {"set": f"{domain}/train" if d else "train", **prefix, **({"alone": True} if alone else {})}
         teacher = model_spec(preset, name, world) if (name := d.get("teacher", name)) else None
         if d:
             tuning = {**METHODS["sft"], **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
             teacher = {"start": teacher, "phases": [_phase(preset, [human], **tuning)]}
-        said = {**_said(preset, f"{domain}/pool" if d else "train", teacher), "budget": pool or budget, "seed": seed}
+        said = _said(preset, f"{domain}/pool" if d else "train", teacher, **({"only": prefix} if alone else {}))
+        said |= {} if alone else {**prefix, "budget": pool or budget}
         stages, parts = RECIPES[method], {"human": human, "synthetic": said}
         reads = d and any("synthetic" in rows for rows, _ in stages)
         if pool != pools[-1] and not (reads and budget == budgets[len(budgets) // 2]):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdlib import data, models, results, stages, stats, store, study
+from kdlib import data, models, results, stages, stats, store, study, teachers
 
 CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
 
@@ -54,6 +54,8 @@ def test_the_notebook_makes_the_records_claims_and_figures_of_any_preset(execute
         assert len(asked) == 20 and m["accuracy"] == pytest.approx(sum(asked) / 20) and set(asked) <= {0.0, 1.0}
         assert r["provenance"]["metric"] == "accuracy" and 0 < m["bits_per_byte"] < 8
         assert (m["teacher_nll"] > 0) if r["method"] == "kd" else "teacher_nll" not in m
+        if r["method"] == "kd":
+            assert len(teachers.Cached(stages.path(executed.root, stages.targets_of(phase))).place) == r["budget"], "no more than is asked for"
     claims = {c["claim"] for c in results.read_claims(executed.folder)}
     assert {"C1a", "C1b"} <= claims and executed.folder.parent.name == "variants"
     assert (executed.folder / "figures" / "gap_vs_budget.png").is_file()
@@ -153,7 +155,7 @@ def test_a_full_disk_while_caching_is_said_and_what_was_cached_is_kept(shelf, tm
     plan = few("paper", shelf[1], tmp_path)
     config = next(c for labels, c in plan.runs if labels["method"] == "kd")
     spec = stages.targets_of(config["phases"][0])
-    spec["cache"] = {**spec["cache"], "shard_rows": 50}
+    spec["cache"] = {**spec["cache"], "shard_rows": 20}
     whole, written = data.Dataset.save_to_disk, []
 
     def full(self, folder, **how):

@@ -6,9 +6,10 @@ import random
 import shutil
 
 import pytest
+from datasets import load_from_disk
 from tiny import SMOKE, TINY, changed, plan, sweep
 
-from kdlib import data, evaluate, models, results, stages, stats, store, study
+from kdlib import costs, data, evaluate, models, results, stages, stats, store, study, teachers
 from kdlib.presets import ARMS, METRICS, OPTIONAL, PRESETS, RECIPES
 
 
@@ -284,6 +285,28 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     rows, (skills,), _ = stages.read_rows(tiny_root, [{"set": "train"}], stages.data_of(configs[0]))
     order = data.nested_order(skills, configs[0]["phases"][0]["seed"])
     assert set(small) == {tuple(rows[i]["input_ids"]) for i in order[:20]}
+
+
+def test_small_budgets_may_have_targets_and_answers_of_their_own(tiny_root, tiny_records, tmp_path):
+    root, apart = tmp_path / "copy", changed(TINY, alone=20)
+    shutil.copytree(tiny_root, root)
+    shared, own = (study.grid(preset, "data_budget", 0) for preset in (TINY, apart))
+    same = {labels["budget"] for (labels, a), (_, b) in zip(shared, own) if a == b}
+    assert same == {200}, "larger budgets share what there is"
+    place = next(i for i, (labels, _) in enumerate(own) if (labels["method"], labels["budget"], labels["seed"]) == ("kd", 20, 0))
+    stages.execute(root, *own[place], "accuracy")
+    found = [results.read_records(root, "tiny", [results.run_id(config)])[0]["metrics"] for _, config in (shared[place], own[place])]
+    assert found[1]["nll"] == pytest.approx(found[0]["nll"], rel=1e-3) and found[1]["nll"] != found[1]["untuned_nll"]
+    caches = [teachers.Cached(stages.path(root, stages.targets_of(config["phases"][0]))) for _, config in (shared[place], own[place])]
+    assert [len(cache.place) for cache in caches] == [TINY.train_rows, 20] and caches[1].place.keys() < caches[0].place.keys()
+    told = [costs.estimate(study.Plan(p, tuple(runs), root, True, True, 1)).loc["cache"] for p, runs in ((TINY, shared), (apart, own))]
+    assert [t["count"] for t in told] == [1, 3] and told[1].response_tokens == pytest.approx(told[0].response_tokens * (200 + 2 * 20) / 200)
+    labels, config = next(run for run in study.grid(apart, "teacher_strength", 0, arms=[("seq_kd", "base")]) if run[0]["budget"] == 20)
+    part, = config["phases"][0]["rows"]
+    asked = stages.read_data(root, stages.data_of(config)).rows("train")
+    chosen = data.nested_order(list(asked["skill"]), labels["seed"])[:20]
+    assert list(load_from_disk(stages.make(root, part["said"]))["id"]) == [asked[i]["id"] for i in chosen]
+    assert "budget" not in part, "all that was said is trained on"
 
 
 def test_nothing_is_trained_when_that_is_not_wanted_and_what_is_missing_is_named(tmp_path, tiny_records):
