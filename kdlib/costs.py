@@ -149,7 +149,8 @@ def report(plan, ranks: int | None = None) -> None:
         how = {**phase.get("training", {}), "activation_checkpointing": again}
         needs[f"student, {name} rows{', recomputed' * again}"] = memory(s, *np.multiply(at_once, row), how, ranks)
     if tuned := [shape(f["teacher"]) for c in plan.configs for f in c["phases"] if f["teacher"] and "start" in f["teacher"]]:
-        needs["teacher's tuning, mean rows"] = memory(max(tuned, key=lambda s: s.weights), *np.multiply(at_once, whole.attrs["row"]), phase.get("training", {}), ranks)
+        big = max(tuned, key=lambda s: s.weights)
+        needs["teacher's tuning, mean rows"] = memory(big, *np.multiply(at_once, whole.attrs["row"]), phase.get("training", {}), ranks)
     if taught := [shape(f["teacher"]) for c in plan.configs for f in c["phases"] if f["teacher"]]:
         big = max(taught, key=lambda s: s.weights)
         held, kept = big.stored * big.weights / ranks, 2 * answers * big.layers * big.k * big.stored * p.max_length

@@ -23,7 +23,8 @@ def label(folder: str | Path, rows: Dataset | list[dict], *, base_url: str, mode
           top_logprobs=0, concurrency=16, max_retries=5, timeout=600.0, api_key: str | None = None, seed=0) -> Dataset:
     """``rows`` (``id``, ``messages``) with ``model``'s text as the last answer, ``finish_reason``, and ``logprobs`` (nats, by token
     in OpenAI's form) or None. ``folder``/answers.jsonl keeps what comes, a next call asks for the rest; empty answers stay, counted
-    in print, and so do those of prompts too long for the server (``finish_reason`` refused). ``timeout`` in seconds; ``api_key`` or OPENAI_API_KEY. ValueError on a bad input, RuntimeError if a request fails.
+    in print, and so do those of prompts too long for the server (``finish_reason`` refused). ``timeout`` in seconds; ``api_key`` or
+    OPENAI_API_KEY. ValueError on a bad input, RuntimeError if a request fails.
     """
     given, folder, api_key = locals(), Path(folder), (api_key or os.getenv("OPENAI_API_KEY") or "none").strip()
     presets.check("base_url", base_url, str, "one like 'http://localhost:8000/v1'", lambda v: v.startswith(("http:", "https:")))

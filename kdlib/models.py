@@ -85,9 +85,10 @@ def _reach(make, name: str | Path, revision: str | None, trust: tuple, **how):
     try:
         return make.from_pretrained(_local(name), revision=revision or "main", trust_remote_code=_trusted(name, trust), **how)
     except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip()
-        remedy = next((say for marks, say in REMEDIES if any(m in why for m in marks)), REMEDIES[-1][1]).format(name=name)
-        raise ValueError(f"{name!r}{f' at {revision!r}' if revision else ''} cannot be loaded ({type(error).__name__}: {(why or 'no reason given').splitlines()[0][:160]}): {remedy}") from error
+        said = str(error).strip()
+        remedy = next((say for marks, say in REMEDIES if any(m in said for m in marks)), REMEDIES[-1][1]).format(name=name)
+        what, why = f"{name!r}{f' at {revision!r}' if revision else ''}", (said or "no reason given").splitlines()[0][:160]
+        raise ValueError(f"{what} cannot be loaded ({type(error).__name__}: {why}): {remedy}") from error
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None, template: str | None = None, trust: tuple = ()):

@@ -158,8 +158,9 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
                                  steps=steps, **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.model("student"),
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
-        runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases,
-                              "evaluate": {"on": f"{domain}/{split}" if d else split, **({"tasks": preset.tasks} if hasattr(preset, "tasks") and not d and split == "test" else {})}}))
+        scored = {"on": f"{domain}/{split}" if d else split}
+        scored |= {"tasks": preset.tasks} if hasattr(preset, "tasks") and not d and split == "test" else {}
+        runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases, "evaluate": scored}))
     return runs
 
 

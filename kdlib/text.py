@@ -31,6 +31,11 @@ FEATURES = Features({"messages": [{"role": Value("string"), "content": Value("st
 FINAL = re.compile(r"Answer: *(.+?)[\s.]*$")
 
 
+@lru_cache
+def _template(text: str) -> Template:
+    return Template(text)  # which compiles
+
+
 @lru_cache(maxsize=1)
 def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # of this process; what is read lies there as Arrow files
@@ -96,7 +101,8 @@ def to_messages(row: dict, where: str = "", source: dict | None = None) -> list[
     """
     messages, source = row.get("messages"), source or {}
     if messages is None and "prompt" in source:
-        messages = [{"role": role, "content": Template(source[k]).render(row) if k in source else ""} for k, role in (("prompt", "user"), ("answer", "assistant"))]
+        messages = [{"role": role, "content": _template(source[k]).render(row) if k in source else ""}
+                    for k, role in (("prompt", "user"), ("answer", "assistant"))]
     for first, more, last in COLUMNS if messages is None else ():
         if messages is None and row.get(first) and row.get(last) is not None:
             parts = [row[first], row[last]]
@@ -140,7 +146,8 @@ def _normal(row: dict, number: int, source: dict, name: str) -> dict:
 
 def conversations(source: dict, num_proc: int | None = None) -> tuple[Dataset, dict]:
     """Rows as ``id``, ``messages``, ``skill``, ``suite``, ``answer``, ``first``, a key of what is said before the first answer, and ``prompt``,
-    of all that is said before or between answers, in an order drawn by it; no conversation twice, no id either. Also counts of what was left out. ValueError if nothing is left.
+    of all that is said before or between answers, in an order drawn by it; no conversation twice, no id either. Also counts of what was
+    left out. ValueError if nothing is left.
     """
     rows, name, where = load_rows(source), str(source.get("local") or source["hub"]), source.get("where", {}) if find(source) else {}
     rows = rows.map(_normal, with_indices=True, fn_kwargs={"source": {**source, "where": where}, "name": name}, remove_columns=rows.column_names,
