@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -75,15 +76,19 @@ def _quiet() -> None:
 
 
 def launch(configuration: str, module: str, *arguments: str) -> None:
-    """Run a module in the processes that an Accelerate ``configuration`` asks for. RuntimeError, with what it said, if it fails."""
+    """Run a module in the processes that an Accelerate ``configuration`` asks for. RuntimeError if it fails, naming a file with all it said."""
     with socket.socket() as free:  # so that two that start together do not meet
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", port, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile("w+", prefix="kdlib-launch-", suffix=".log", delete=False) as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        log.seek(0)
+        said = log.read().splitlines()
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines() or ["it said nothing"]
-        raise RuntimeError(f"Training with KDLIB_LAUNCH={configuration!r} failed: {said[0].strip()}")
+        why = ([line for line in said if "Error: " in line] or said or ["it said nothing"])[0].strip()
+        raise RuntimeError(f"Training with KDLIB_LAUNCH={configuration!r} failed: {why} (all it said: {log.name})")
+    os.unlink(log.name)
 
 
 class Ray(Executor):

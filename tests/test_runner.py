@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -71,6 +72,17 @@ def test_who_ends_with_another_outlives_it_by_little():
         other.kill()
         other.wait()
         assert mine.wait(timeout=20) == 1
+
+
+def test_launched_processes_that_fail_say_why_and_where_all_they_said_is(tmp_path, monkeypatch):
+    (tmp_path / "spoilt.py").write_text("print('before')\nraise ValueError('no such luck')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    configuration = str(results.REPOSITORY / "kdlib" / "accelerate" / "processors.yaml")
+    with pytest.raises(RuntimeError, match=r"Training with KDLIB_LAUNCH='.*processors.yaml' failed: .*ValueError: no such luck \(all it said: (.*)\)") as failure:
+        runner.launch(configuration, "spoilt")
+    log, = tmp_path.glob("kdlib-launch-*.log")
+    assert str(log) in str(failure.value) and "before" in log.read_text()
 
 
 def _die_once(folder: str) -> None:
