@@ -6,24 +6,29 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from kdlib.data import Collator, stretches
+from kdlib.data import IGNORE, Collator, stretches
 from kdlib.inference import generate, response_logits, response_rows
 
 
-def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """What the model answers to ``conversations`` (each ends with a user turn), as text."""
-    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
+def replies(model, tokenizer, asked: list[list], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+    """What the model answers to ``asked``, conversations that end with a user turn or prompts in token ids, as text."""
+    prompts = [c if isinstance(c[0], int) else tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in asked]
     answers = generate(model, prompts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
                        eos_token_id=tokenizer.eos_token_id, temperature=temperature)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
+def prompt(row: dict) -> list:
+    """What a row asks before its last answer: in token ids, as shortened in training, if it is rendered; else the conversation."""
+    if "input_ids" not in row:
+        return row["messages"][:-1]
+    return row["input_ids"][:next(start for start, _ in reversed(stretches(row["labels"])) if row["labels"][start] != IGNORE)]
+
+
 def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int | None]:
     """1 for every row whose greedy reply verifies, else 0; None where a row has no answer to check."""
     asked = [i for i, answer in enumerate(rows["answer"]) if answer is not None]
-    prompts = [row["input_ids"][:stretches(row["labels"])[-1][0]] for row in rows.select(asked)]  # as shortened as in training
-    answers = generate(model, prompts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    said = dict(zip(asked, tokenizer.batch_decode(answers, skip_special_tokens=True)))
+    said = dict(zip(asked, replies(model, tokenizer, [prompt(row) for row in rows.select(asked)], max_new_tokens)))
     known = rows.remove_columns(["messages", "input_ids", "labels"])
     return [int(verify(row, said[i])) if i in said else None for i, row in enumerate(known)]
 

@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
+HELD = {"cpu": 20_000}  # tokens whose keys and values are held at once, which are copied at every step; elsewhere 2**17
 ROWS = "sdpa_rows"  # an attention's name: torch's, which reads the rows of one sequence apart if told their lengths
 
 
@@ -146,7 +147,7 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
     how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None
     inner = getattr(model, "get_base_model", lambda: model)()  # of adapters, which write to it
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    batch_size = batch_size or max(1, min(256, 2**17 // longest))  # so many tokens' keys and values are held
+    batch_size = batch_size or max(1, min(256, HELD.get(model.device.type, 2**17) // longest))
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         ids, seen = (pad_sequence([torch.tensor(row(prompts[i])) for i in chunk], True, filler, "left").to(model.device)

@@ -197,11 +197,11 @@ def _score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict
 def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     known, by = read_data(root, data_of(spec["by"])), spec["by"]
     how = {"max_new_tokens": known.longest, "temperature": spec["temperature"], "seed": spec["seed"]}
-    rows = known.rows(spec["set"]).remove_columns(["input_ids", "labels"])
+    rows = known.rows(spec["set"])
     if part := spec.get("only"):
         rows = rows.select(_pools([{**part, "set": spec["set"]}], [list(rows["skill"])], data_of(by))[0])
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
-        said = label(folder / "said", rows, base_url=server, model=by["hub"], **how)
+        said = label(folder / "said", rows.remove_columns(["input_ids", "labels"]), base_url=server, model=by["hub"], **how)
     else:
         said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how)
     if known.verify:
