@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdlib import data, models, results, stages, stats, store, study, teachers
+from kdlib import data, evaluate, models, results, stages, stats, store, study, teachers
 
 CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
 
@@ -95,6 +95,9 @@ def test_qwen_takes_the_same_way(shelf, tmp_path):
     tokenizer = models.load_tokenizer("Qwen/Qwen2.5-0.5B", template="chatml")
     assert tokenizer.decode(spoken).count("<|im_end|>") == sum(m["role"] == "assistant" for m in said["messages"])
     assert record["metrics"]["teacher_nll"] > 0 and record["metrics"]["train_loss"] > 0
+    fits = next(r for r in stages.read_data(plan.root, config["start"]["data"]).rows("train") if len(r["messages"]) > 2)
+    asked = tokenizer.apply_chat_template(fits["messages"][:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert fits["labels"][-1] == data.IGNORE and evaluate.prompt(fits) == asked, "though the template goes on after an answer"
 
 
 def test_a_dry_run_says_what_it_takes_and_does_nothing(shelf, tmp_path):

@@ -186,6 +186,18 @@ def test_a_teachers_answers_stand_in_the_place_of_the_annotators(teacher, tokeni
     assert len(data.render(answered, tokenizer, 64)[0]) == len(asked), "the path that annotators' rows take"
 
 
+def test_answers_are_to_prompts_as_training_reads_them(teacher, tokenizer, asked, tmp_path, monkeypatch):
+    long = asked.map(lambda r: {"messages": [{"role": "user", "content": " ".join([r["messages"][-2]["content"]] * 9)}, r["messages"][-1]]})
+    rendered, report = data.render(long, tokenizer, 40, drop=True)
+    assert report["prompts_shortened"] == len(rendered) > 40
+    read, real = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **how: read.extend(prompts) or real(model, prompts, **how))
+    answered = write_answers(tmp_path / "a", teacher, tokenizer, rendered, max_new_tokens=8)
+    assert read == [[t for t, label in zip(r["input_ids"], r["labels"]) if label == data.IGNORE] for r in rendered]
+    assert set(answered.column_names) == set(rendered.column_names) - {"input_ids", "labels"}, "which were of the annotators' answers"
+    assert [m[:-1] for m in answered["messages"]] == [m[:-1] for m in rendered["messages"]], "told whole"
+
+
 def test_answers_are_kept_by_shards_and_not_mixed(student, teacher, tokenizer, asked, tmp_path, monkeypatch):
     real, calls = teachers.replies, []
 
