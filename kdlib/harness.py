@@ -1,6 +1,7 @@
 """Evaluation on public tasks by EleutherAI's lm-evaluation-harness, an optional extra: ``pip install 'kdlib[eval]'``."""
 
 import os
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -9,6 +10,13 @@ from transformers import GenerationConfig
 from kdlib.presets import check
 
 OWN = Path(__file__).with_name("tasks")  # of kdlib's, beside the harness's
+
+
+@cache
+def _manager(kind: type, folders: tuple[Path, ...], files: tuple):
+    """The harness's TaskManager of its own tasks and those in ``folders``, whose ``files`` are as they are: it reads thousands."""
+    return kind(include_path=[*folders])
+
 
 @patch.multiple("sys", stderr=open(os.devnull, "w"), stdout=open(os.devnull, "w"))  # progress and warnings
 def check_tasks(tasks: dict[str, dict]) -> dict[str, dict]:
@@ -20,7 +28,8 @@ def check_tasks(tasks: dict[str, dict]) -> dict[str, dict]:
             check(f"{what}[{key!r}]", least if value is None else value, int, f"a whole number from {least}", lambda v: v >= least)
         try:
             from lm_eval import evaluator_utils, tasks as known
-            manager = manager if found else known.TaskManager(include_path=[OWN, *(Path(t).parent for t in tasks if t.endswith(".yaml"))])
+            folders = (OWN, *(Path(t).parent for t in tasks if t.endswith(".yaml")))
+            manager = _manager(known.TaskManager, folders, tuple((f, f.stat().st_mtime_ns) for folder in folders for f in sorted(folder.glob("*.y*ml"))))
             name = next((n for n, entry in manager.task_index.items() if entry.yaml_path == Path(task)), task)
             for part in (parts := manager.load([name])["tasks"]).values():
                 part.set_config("num_fewshot", own if (own := part.config.num_fewshot) == 0 or shots is None else shots)
