@@ -32,9 +32,9 @@ class Preset(SimpleNamespace):
     """One size of the study: its ``name``, what presets.toml, which explains the fields, says of it, and ``scored``, the metric."""
 
     def lacks(self, experiment: str) -> list[str]:
-        """The teachers that ``experiment`` needs and the preset has not, or its domains, which it has with seeds to report."""
+        """The teachers that ``experiment`` needs and the preset has not, or its domains."""
         needed = {teacher for _, teacher in ARMS[experiment]} - {None} - OPTIONAL
-        return sorted(needed - set(self.teachers)) if needed else [] if self.domain.get("seeds") else ["domain"]
+        return sorted(needed - set(self.teachers)) if needed else [] if self.domain else ["domain"]
 
     def model(self, name: str) -> str:
         """What a base model or teacher is made of: a name of the ladder, or a hub id."""

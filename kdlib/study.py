@@ -144,7 +144,7 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         if d:
             tuning = {**METHODS["sft"], **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
             teacher = {"start": teacher, "phases": [_phase(preset, [human], **tuning)]}
-        said = _said(preset, f"{domain}/pool" if d else "train", teacher, **({"only": prefix} if alone else {}))
+        said = _said(preset, f"{domain}/pool" if d else "train", teacher, **getattr(preset, "answers", {}), **({"only": prefix} if alone else {}))
         said |= {} if alone else {**prefix, "budget": pool or budget}
         stages, parts = RECIPES[method], {"human": human, "synthetic": said}
         reads = d and any("synthetic" in rows for rows, _ in stages)
