@@ -83,7 +83,8 @@ def test_runs_of_a_seed_are_paired(preset, experiment):
             assert {k for k in labels if labels[k] != other[k]} <= {"method", "teacher"} and config["start"] == sft["start"]
             assert {k for k in plain if plain[k] != phase[k]} <= {"alpha", "teacher", "learning_rate", "rows"}
             assert (phase["teacher"] is None) == (other["method"] == "seq_kd") == ("said" in phase["rows"][0])
-            assert {k: phase["rows"][0][k] for k in ("set", "budget", "seed")} == plain["rows"][0]
+            part = phase["rows"][0] | phase["rows"][0].get("said", {}).get("only", {})
+            assert {k: part[k] for k in ("set", "budget", "seed")} == {k: v for k, v in plain["rows"][0].items() if k != "alone"}
     steps = {(labels["budget"], p["steps"]) for labels, c in runs for p in c["phases"]}
     assert len(steps) == len(preset.budgets) and (len({n for _, n in steps}) == 1 or all(n == math.ceil(2 * b / 128) for b, n in steps))
     assert set(runs[0][1]) == {"start", "phases", "evaluate"}, "nothing that cannot change the result"
@@ -429,7 +430,7 @@ def text_preset(monkeypatch, folder):
     tuning = {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}
     return changed(
         real, source={**real.source, "validation_rows": 10, "test_rows": 25, "domains": domains}, train_rows=140, max_length=64, vocab_size=400,
-        max_new_tokens=6, bases={name: {**real.bases["teacher"], **quick} for name in whole.bases},
+        max_new_tokens=6, bases={name: {**real.bases["student"], **quick, "steps": 5 + i} for i, name in enumerate(whole.bases)},
         learning_rate=whole.learning_rate, answers=whole.answers, steps=4, batch_size=4, budgets=(10, 140),
         teachers={name: {**t, "tuning": tuning} for name, t in whole.teachers.items()},
         domain={**whole.domain, "rows": 30, "pool_rows": 30, "budgets": [10, 20], "pools": [10, 20], "seeds": [0, 1], "steps": 4})
