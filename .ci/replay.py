@@ -30,12 +30,6 @@ def tracked() -> list[Path]:
     return [Path(name) for name in done.stdout.split("\0") if name]
 
 
-def reported(root: Path, name: str, world: int, experiment: str) -> bool:
-    """Whether ``root`` has all records of an experiment; of a preset that is not run yet there are none."""
-    return not PRESETS[name].lacks(experiment) and all(results.record_path(root, name, results.run_id(config)).exists()
-                                                       for _, config in study.grid(PRESETS[name], experiment, world))
-
-
 def jobs(root: Path) -> list[list[tuple[str, Path, dict]]]:
     """Notebooks with where their executed copy goes and their parameters: those of one inner list read nothing of each other."""
     records, first, then = [p for p in tracked() if "runs" in p.parts], [], []
@@ -49,7 +43,7 @@ def jobs(root: Path) -> list[list[tuple[str, Path, dict]]]:
             folder = home / f"world-{world}" if world else home
             for experiment in study.PARAMETERS:
                 notebook = next((p.name for p in NOTEBOOKS.glob(f"*_{experiment}.ipynb")), None)
-                if notebook and reported(root, name, world, experiment):
+                if notebook and not preset.lacks(experiment):
                     first.append((notebook, folder / "notebooks" / notebook, {**asked, "world_seed": world}))
         first.append(("07_learning_rates.ipynb", home / "notebooks" / "07_learning_rates.ipynb", asked))
         shown = {k: asked[k] for k in ("preset", "results_dir")}

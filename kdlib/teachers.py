@@ -108,7 +108,8 @@ def write_cache(folder: str | Path, model, tokenizer, rows: Sequence[dict], *, f
 def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
                   seed: int = 0, shard_rows: int = 1000) -> Dataset:
     """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled. It reads
-    rendered rows (``input_ids``, ``labels``, which the answers leave behind) as training does, others whole. Fine-tuning on them is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is written as a cache's.
+    rendered rows (``input_ids``, ``labels``, which the answers leave behind) as training does, others whole. Fine-tuning on them is
+    sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is written as a cache's.
     """
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in rows]),
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows}

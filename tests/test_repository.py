@@ -80,11 +80,10 @@ def test_reading_results_needs_no_torch():
 
 
 def committed(name):
-    """The plans of all experiments of a preset, in all its worlds, that have results."""
+    """The plans of all experiments of a preset, in all its worlds."""
     preset = PRESETS[name]
-    plans = [study.plan(e, {"preset": name, "world_seed": w, "results_dir": str(RESULTS)})
-             for w in preset.worlds for e in study.PARAMETERS if e != "lr_sweep" and not preset.lacks(e)]
-    return [plan for plan in plans if len(results.read_records(plan.root, name, plan.ids)) == len(plan.ids)]
+    return [study.plan(e, {"preset": name, "world_seed": w, "results_dir": str(RESULTS)})
+            for w in preset.worlds for e in study.PARAMETERS if e != "lr_sweep" and not preset.lacks(e)]
 
 
 @pytest.mark.parametrize("name", STUDIES)
