@@ -34,8 +34,8 @@ def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> li
 
 
 @torch.inference_mode()
-def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -> dict[str, torch.Tensor]:
-    """By response token: ``row``, ``nll`` (nats), ``confidence``, ``correct``; with a ``teacher`` its nll, entropy, and ``agree``."""
+def token_scores(model, rendered: list[dict], pad_token_id: int, *, entropy: bool = False) -> dict[str, torch.Tensor]:
+    """By response token: ``row``, ``nll`` and, if asked for, ``entropy`` (nats), the likeliest token ``guess``, its ``confidence``, ``correct``."""
     collate, parts = Collator(pad_token_id), []
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
     longest = max((len(r["input_ids"]) for r in rendered), default=1)
@@ -47,12 +47,11 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, teacher=None) -
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
         log_q = torch.log_softmax(response_logits(model, batch, mask).float(), -1)
         best, guess = log_q.max(-1)
-        part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "correct": guess == targets}
-        if teacher is not None:
-            log_p = torch.log_softmax(response_logits(teacher, batch, mask).float(), -1)
-            part |= {"teacher_nll": -log_p.gather(1, targets[:, None])[:, 0], "agree": log_p.argmax(-1) == guess,
-                     "teacher_entropy": -(log_p.exp() * log_p).nan_to_num().sum(-1)}
-        parts.append({k: v.float().cpu() for k, v in part.items()})
+        part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "guess": guess,
+                "correct": (guess == targets).float()}
+        if entropy:
+            part["entropy"] = -(log_q.exp() * log_q).nan_to_num().sum(-1)
+        parts.append({k: v.cpu() for k, v in part.items()})
     scores = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     by_row = scores["row"].argsort(stable=True)
     return {k: v[by_row] for k, v in scores.items()}
@@ -71,8 +70,11 @@ def bits_per_byte(nll: list[float], answers: list[str]) -> float:
 
 
 def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: int = 16, clean: list[dict] | None = None,
-             teacher=None) -> tuple[dict, dict]:
-    """``(metrics, items)`` of a model on rendered held-out ``rows``, ``clean`` with faultless answers; items hold a value a row."""
+             teacher: dict[str, torch.Tensor] | None = None) -> tuple[dict, dict]:
+    """``(metrics, items)`` of a model on rendered held-out ``rows``, ``clean`` with faultless answers; items hold a value a row.
+
+    ``teacher`` is what :func:`token_scores` says of a teacher on the same rows, entropy included.
+    """
     metrics: dict = {"accuracy": None, "accuracy_unseen": None}
     items: dict = {k: list(rows[k]) for k in ("id", "suite", "skill")}
     if verify and any(answer is not None for answer in rows["answer"]):
@@ -81,17 +83,17 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
             if parts := means.get(suite, pd.Series()).to_dict():
                 metrics |= {name: sum(parts.values()) / len(parts), f"{name}_by_skill": parts}
-    scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id, teacher)
-    nll = torch.zeros(len(rows)).index_add_(0, scores["row"].long(), scores["nll"]).tolist()
+    scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id)
+    nll = torch.zeros(len(rows)).index_add_(0, scores["row"], scores["nll"]).tolist()
     answers = ["".join(m["content"] for m in ms if m["role"] == "assistant") for ms in rows["messages"]]
     items |= {"nll": [round(v, 4) for v in nll], "bytes": [len(a.encode()) for a in answers]}
     own = {skill: [i for i, s in enumerate(items["skill"]) if s == skill] for skill in sorted(set(items["skill"]))}
     by_skill = {skill: bits_per_byte([nll[i] for i in places], [answers[i] for i in places]) for skill, places in own.items()}
-    mean = {name: float(values.mean()) for name, values in scores.items()}
-    metrics |= {"nll": mean["nll"], "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
-                "top1": mean["correct"], "ece": calibration_error(scores["confidence"], scores["correct"])}
+    metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
+                "top1": float(scores["correct"].mean()), "ece": calibration_error(scores["confidence"], scores["correct"])}
     if clean is not None:
         metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())
     if teacher is not None:
-        metrics |= {"teacher_nll": mean["teacher_nll"], "top1_agreement": mean["agree"], "teacher_entropy": mean["teacher_entropy"]}
+        metrics |= {"teacher_nll": float(teacher["nll"].mean()), "top1_agreement": float((teacher["guess"] == scores["guess"]).float().mean()),
+                    "teacher_entropy": float(teacher["entropy"].mean())}
     return metrics, items

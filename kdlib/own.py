@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from kdlib import models, results, runner, stages, stats, store, study
+from kdlib import jobs, models, results, runner, stats, store, study
 from kdlib.losses import Objective
 from kdlib.presets import METRICS, Preset, check
 
@@ -71,7 +71,7 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
     preset.budgets = [rows := report["rows"] - report["rows_dropped"]]
     preset.steps = math.ceil(epochs * rows / batch_size)
     runs = study.grid(preset, "data_budget", 0, kd={k: objective[k] for k in ("alpha", "kind", "temperature")})
-    todo, needs = stages.tasks(runs, root, metric.name)
+    todo, needs = jobs.tasks(runs, root, metric.name)
     first = next(config for labels, config in runs if (labels["method"], labels["seed"]) == ("kd", seeds[0]))
     folder = root / "models" / results.run_id(first)
     kept, = (task for task in todo if first in task.args)

@@ -1,14 +1,12 @@
-"""The artefacts that runs share (rendered data, models, teachers' answers and targets), and what one run does; specs.py says what fixes them."""
+"""The artefacts that runs share (rendered data, models, teachers' answers and targets), made when they are asked for; specs.py says what fixes them."""
 
 import gc
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
@@ -18,15 +16,13 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset, load_from_disk
 
-from kdlib import data, evaluate, harness, lab, models, results, runner, store, teachers, text, trainer
+from kdlib import data, evaluate, harness, lab, models, runner, store, teachers, text, trainer
 from kdlib.labels import label
 from kdlib.losses import Objective
-from kdlib.presets import METRICS
-from kdlib.specs import all_of, data_of, path, targets_of, teacher_of
+from kdlib.specs import data_of, path, targets_of
 
 SOURCES = {"lab": lab, "text": text}
 TRAINED = {"dtype": torch.float32}  # whatever the dtype of the file, since small steps vanish in bfloat16
-COSTS = {"data": 0.0, "base": 30.0, "model": 8.0, "targets": 1.0, "answers": 8.0, "scores": 8.0}  # of making one, where a run costs 2
 
 
 def open_model(root: Path, spec: dict, **how):
@@ -186,11 +182,11 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
     if "hub" not in spec:
         model.save_pretrained(folder)
         known.tokenizer.save_pretrained(folder)
-    own = {name: _score(model, known, name)[0] for name in known.held}
+    own = {name: score(model, known, name)[0] for name in known.held}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
 
-def _score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict]:
+def score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict]:
     return evaluate.evaluate(model, known.tokenizer, known.rows(name), verify=known.verify, max_new_tokens=known.longest, **more)
 
 
@@ -226,70 +222,6 @@ def _speaking(opened: tuple, known: SimpleNamespace) -> tuple:
 def _build_scores(root: Path, spec: dict, folder: Path) -> None:
     scored, _ = harness.harness(*open_model(root, spec["of"]), spec["tasks"])
     (folder / "evaluation.json").write_text(json.dumps(scored), encoding="utf-8")
-
-
-def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | None = None) -> None:
-    """Do one run, or nothing if its record, and the model if it is to ``keep`` somewhere, is there. Safe beside others doing the same."""
-    identifier = results.run_id(config)
-    with store.lock(root, identifier):
-        if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not keep.is_dir()):
-            results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config, METRICS[metric], keep)})
-
-
-def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> dict:
-    wall, cpu, spec, seen = time.perf_counter(), time.process_time(), data_of(config), []
-    known, split, tuned = read_data(root, spec), config["evaluate"]["on"], teacher_of(config)
-    student, tokenizer = open_model(root, config["start"], **TRAINED)
-    for phase in config["phases"]:
-        rows, loss = tune(root, student, tokenizer, phase, spec)
-        seen.append(rows)
-    for part in (student, known.tokenizer) if keep else ():
-        part.save_pretrained(keep)
-    teacher = open_model(root, tuned)[0] if tuned else None
-    trained, clean = time.perf_counter(), known.rows(split, "clean")
-    metrics, items = _score(student, known, split, teacher=teacher, clean=clean and clean.select_columns(["input_ids", "labels"]).to_list())
-    metrics["train_loss"] = loss
-    if tasks := config["evaluate"].get("tasks"):
-        scored, more = harness.harness(student, known.tokenizer, tasks)
-        items["correct"] = [None] * len(items["id"])  # the benchmarks decide
-        metrics, items = metrics | scored, {k: [*items[k], *more[k]] for k in more}
-    if "/" in split:  # a domain's rows: what is left of the general skills?
-        general, _ = _score(student, known, split.split("/")[1])
-        metrics |= {f"general_{k}": general[k] for k in (metric.name, "nll")}
-    if judged := next(filter(None, (read_rows(root, phase["rows"], spec)[2] for phase in config["phases"])), None):
-        metrics["label_accuracy"] = sum(judged) / len(judged)
-    for name, model in (("untuned", config["start"]), ("teacher", tuned)):
-        own = json.loads((make(root, model) / "evaluation.json").read_text(encoding="utf-8"))[split] if model else {}
-        if model and tasks:
-            own |= json.loads((make(root, {"of": model, "tasks": tasks}) / "evaluation.json").read_text(encoding="utf-8"))
-        metrics |= {f"{name}_{k}": v for k, v in own.items()}
-    lengths = [(len(row["input_ids"]), sum(t != data.IGNORE for t in row["labels"][1:])) for rows in seen for row in rows]
-    made = {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
-    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made,
-                  "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-                  "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
-                  "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(n for n, _ in lengths),
-                  "response_tokens": sum(n for _, n in lengths), "data_report": known.report,
-                  "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
-    return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
-
-
-def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str) -> tuple[dict[partial, float], dict[partial, list[partial]]]:
-    """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, first what the longest chain of others waits for; and
-    what each needs of the others.
-    """
-    below = [all_of(json.dumps(config)) for _, config in runs]
-    made = {name: (depth, spec, partial(make, root, spec)) for found in below for name, (depth, spec) in found.items() if not path(root, spec).is_dir()}
-    costs = {task: COSTS[name.split("-")[0]] for name, (*_, task) in made.items()}
-    needs = {task: [made[name][2] for name in all_of(json.dumps(spec)) if name in made] for _, spec, task in made.values()}
-    for (labels, config), found in zip(runs, below):
-        costs[task := partial(execute, root, labels, config, metric)] = 2.0
-        needs[task] = [made[name][2] for name in found if name in made]
-    chain = dict(costs)
-    for task in [*list(costs)[len(made):], *(t for _, _, t in sorted(made.values(), key=lambda entry: -entry[0]))]:
-        for other in needs[task]:
-            chain[other] = max(chain[other], costs[other] + chain[task])
-    return {task: costs[task] for task in sorted(costs, key=lambda task: -chain[task])}, needs
 
 
 if __name__ == "__main__":  # one of the processes that _launch starts

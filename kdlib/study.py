@@ -178,12 +178,12 @@ def run(plan: Plan) -> list[dict]:
         raise ValueError(f"{len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing, and none may be trained "
                          f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
-        from kdlib import stages
+        from kdlib import jobs
         if tasks := getattr(plan.preset, "tasks", None):
             stages.harness.check_tasks(tasks)
-        todo, needs = stages.tasks(missing, plan.root, plan.preset.metric)
+        todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute({t: cost for t, cost in todo.items() if t.func is not stages.execute}, plan.workers, needs)
+            runner.compute({t: cost for t, cost in todo.items() if t.func is not jobs.execute}, plan.workers, needs)
             _check_one_origin(plan, found)
         runner.compute(todo, plan.workers, needs)
         found = results.read_records(plan.root, plan.preset.name, plan.ids)

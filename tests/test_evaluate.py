@@ -22,20 +22,18 @@ def each_token(model, row):
     return log_q[[j - 1 for j in spots]], [row["labels"][j] for j in spots]
 
 
-def test_token_scores_equal_row_by_row_sums(student, teacher, held):
+def test_token_scores_equal_row_by_row_sums(student, held):
     rows = held.select_columns(["input_ids", "labels"]).to_list()
-    scores = evaluate.token_scores(student, rows, 0, teacher)
+    scores = evaluate.token_scores(student, rows, 0, entropy=True)
     at = 0
     for i, row in enumerate(rows):
         log_q, targets = each_token(student, row)
-        log_p, _ = each_token(teacher, row)
         part = slice(at, at + len(targets))
         at += len(targets)
         assert (scores["row"][part] == i).all()
         picked = torch.arange(len(targets)), torch.tensor(targets)
-        expected = {"nll": -log_q[picked], "confidence": log_q.exp().amax(-1), "teacher_nll": -log_p[picked],
-                    "correct": log_q.argmax(-1) == picked[1], "agree": log_q.argmax(-1) == log_p.argmax(-1),
-                    "teacher_entropy": -(log_p.exp() * log_p).sum(-1)}
+        expected = {"nll": -log_q[picked], "confidence": log_q.exp().amax(-1), "guess": log_q.argmax(-1),
+                    "correct": log_q.argmax(-1) == picked[1], "entropy": -(log_q.exp() * log_q).sum(-1)}
         for name, values in expected.items():
             torch.testing.assert_close(scores[name][part].double(), values.double(), rtol=1e-4, atol=1e-5)
     assert at == len(scores["row"])
@@ -101,8 +99,9 @@ def test_evaluate_reports_both_suites_and_keeps_items(teacher, student, tokenize
     held, _ = data.render(Dataset.from_list(rows), tokenizer, 64)
     clean, _ = data.render(Dataset.from_list([{"messages": [r["messages"][0], {"role": "assistant", "content": r["clean"]}]}
                                               for r in rows]), tokenizer, 64)
+    known = evaluate.token_scores(teacher, held.select_columns(["input_ids", "labels"]).to_list(), 0, entropy=True)
     metrics, items = evaluate.evaluate(student, tokenizer, held, verify=lambda row, reply: row["skill"] in ("add", "sort"),
-                                       max_new_tokens=2, clean=clean.to_list(), teacher=teacher)
+                                       max_new_tokens=2, clean=clean.to_list(), teacher=known)
     assert metrics["accuracy"] == pytest.approx(0.2) and metrics["accuracy_unseen"] == pytest.approx(0.2)
     assert metrics["accuracy_by_skill"]["add"] == 1 and metrics["accuracy_by_skill"]["name"] == 0
     assert items["correct"] == [int(r["skill"] in ("add", "sort")) for r in rows]
@@ -114,8 +113,12 @@ def test_evaluate_reports_both_suites_and_keeps_items(teacher, student, tokenize
     answers = [r["messages"][1]["content"] for r in rows]
     assert items["bytes"] == [len(a) for a in answers]
     assert metrics["bits_per_byte"] == pytest.approx(sum(sums) / math.log(2) / sum(map(len, answers)), rel=1e-4)
-    assert 0 <= metrics["ece"] <= 1 and 0 <= metrics["top1_agreement"] <= 1
-    assert 0 < metrics["teacher_entropy"] < math.log(len(tokenizer)) and metrics["nll_clean"] != metrics["nll"]
+    assert 0 <= metrics["ece"] <= 1 and metrics["nll_clean"] != metrics["nll"]
+    said, theirs = ([each_token(model, row) for row in held] for model in (student, teacher))
+    agree = [q.argmax(-1) == p.argmax(-1) for (q, _), (p, _) in zip(said, theirs)]
+    assert metrics["top1_agreement"] == pytest.approx(float(torch.cat(agree).double().mean()), abs=1e-3)
+    assert metrics["teacher_entropy"] == pytest.approx(float(torch.cat([-(p.exp() * p).sum(-1) for p, _ in theirs]).mean()), rel=1e-4)
+    assert metrics["teacher_nll"] == pytest.approx(float(torch.cat([-p[range(len(t)), t] for p, t in theirs]).mean()), rel=1e-4)
 
 
 def test_without_a_verifier_accuracy_is_null(student, tokenizer, held):

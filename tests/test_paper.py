@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdlib import data, evaluate, models, results, stages, stats, store, study, teachers
+from kdlib import data, evaluate, jobs, models, results, stages, stats, store, study, teachers
 
 CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
 
@@ -74,7 +74,7 @@ def test_two_processes_train_as_one_does(shelf, tmp_path, monkeypatch):
         if name == "together":
             monkeypatch.setenv("KDLIB_LAUNCH", str(CONFIGURATIONS / "processors.yaml"))
         root = store.open_folder(tmp_path / name)
-        stages.execute(root, labels, own, "accuracy")
+        jobs.execute(root, labels, own, "accuracy")
         found += results.read_records(root, "paper", [results.run_id(own)])
     alone, together = (r["metrics"] for r in found)
     moved = abs(alone["nll"] - alone["untuned_nll"])  # little: the teacher is a fresh model, almost uniform
@@ -88,7 +88,7 @@ def test_qwen_takes_the_same_way(shelf, tmp_path):
     labels, config = next(run for run in plan.runs if run[0]["method"] == "kd")
     student, teacher = (models.load(name)[0] for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B-Instruct"))
     assert student.config.vocab_size != teacher.config.vocab_size
-    stages.execute(plan.root, labels, config, "accuracy")
+    jobs.execute(plan.root, labels, config, "accuracy")
     record, = results.read_records(plan.root, "paper-qwen", [results.run_id(config)])
     said = stages.read_data(plan.root, config["start"]["data"]).rows("train")[0]
     spoken = [t for t in said["labels"] if t != data.IGNORE]
@@ -191,7 +191,7 @@ def test_low_rank_adapters_are_merged_into_the_model_that_is_evaluated(shelf, tm
     labels, config = plan.runs[0]
     own = json.loads(json.dumps(config))
     own["phases"][0] |= {"learning_rate": 1e-2, "training": {"lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}}
-    stages.execute(plan.root, labels, own, "accuracy", keep=tmp_path / "kept")
+    jobs.execute(plan.root, labels, own, "accuracy", keep=tmp_path / "kept")
     record, = results.read_records(plan.root, "paper", [results.run_id(own)])
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
     assert not [n for n in kept.state_dict() if "lora" in n] and record["metrics"]["nll"] < record["metrics"]["untuned_nll"]

@@ -9,7 +9,7 @@ import pytest
 from datasets import load_from_disk
 from tiny import SMOKE, TINY, changed, plan, sweep
 
-from kdlib import costs, data, evaluate, models, results, stages, stats, store, study, teachers
+from kdlib import costs, data, evaluate, jobs, models, results, stages, stats, store, study, teachers
 from kdlib.presets import ARMS, METRICS, OPTIONAL, PRESETS, RECIPES
 
 
@@ -207,7 +207,7 @@ def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
     chosen = [r for r in tiny_records if r["budget"] == 20 and r["seed"] == 1]
     root = store.open_folder(tmp_path / "again")
     for wanted in chosen:
-        stages.execute(root, labels_of(wanted), wanted["config"], "accuracy")
+        jobs.execute(root, labels_of(wanted), wanted["config"], "accuracy")
         again = results.read_record(results.record_path(root, "tiny", wanted["run_id"]))
         assert again["metrics"] == wanted["metrics"] and again["items"] == wanted["items"]
         assert again["provenance"]["artefacts"] == wanted["provenance"]["artefacts"]
@@ -271,7 +271,7 @@ def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_record
     results.record_path(root, "tiny", record["run_id"]).unlink()
     monkeypatch.setattr(trainer, "train", lambda *_, **__: {"train_loss": math.nan})
     with pytest.raises(ValueError, match=r"Training diverged \(loss nan\) with .*'learning_rate'.*; allowed: settings that keep it finite"):
-        stages.execute(root, labels_of(record), record["config"], "accuracy")
+        jobs.execute(root, labels_of(record), record["config"], "accuracy")
     assert not results.record_path(root, "tiny", record["run_id"]).exists()
 
 
@@ -282,7 +282,7 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     monkeypatch.setattr(trainer, "train", lambda model, tokenizer, rows, **how: seen.append(rows) or {"train_loss": 0.0})
     configs = plan(tiny_root).configs
     for config in (configs[0], configs[1], configs[4]):  # SFT and KD at the small budget, SFT at the large one
-        stages._train_and_evaluate(tiny_root, config, METRICS["accuracy"], None)
+        jobs._train_and_evaluate(tiny_root, config, METRICS["accuracy"], None)
     small, paired, large = [[tuple(r["input_ids"]) for r in rows] for rows in seen]
     assert small == paired and len(small) == TINY.steps * TINY.batch_size
     assert len(set(small)) <= 20 < len(set(large))
@@ -298,7 +298,7 @@ def test_small_budgets_may_have_targets_and_answers_of_their_own(tiny_root, tiny
     same = {labels["budget"] for (labels, a), (_, b) in zip(shared, own) if a == b}
     assert same == {200}, "larger budgets share what there is"
     place = next(i for i, (labels, _) in enumerate(own) if (labels["method"], labels["budget"], labels["seed"]) == ("kd", 20, 0))
-    stages.execute(root, *own[place], "accuracy")
+    jobs.execute(root, *own[place], "accuracy")
     found = [results.read_records(root, "tiny", [results.run_id(config)])[0]["metrics"] for _, config in (shared[place], own[place])]
     assert found[1]["nll"] == pytest.approx(found[0]["nll"], rel=1e-3) and found[1]["nll"] != found[1]["untuned_nll"]
     caches = [teachers.Cached(stages.path(root, stages.targets_of(config["phases"][0]))) for _, config in (shared[place], own[place])]
@@ -389,8 +389,8 @@ def test_more_rows_than_the_data_has_is_said(tmp_path):
     greedy = changed(TINY, train_rows=5000, budgets=[20, 300, 5000])
     root, runs = store.open_folder(tmp_path / "r"), {r["budget"]: (r, c) for r, c in study.grid(greedy, "data_budget", 0) if r["method"] == "sft"}
     with pytest.raises(ValueError, match="budget=300 is above set 'train'; allowed: up to 200 rows"):
-        stages.execute(root, *runs[300], "accuracy")
-    stages.execute(root, *runs[5000], "accuracy")  # the preset's own number of rows means all that there are
+        jobs.execute(root, *runs[300], "accuracy")
+    jobs.execute(root, *runs[5000], "accuracy")  # the preset's own number of rows means all that there are
     assert results.read_records(root, "tiny", [results.run_id(runs[5000][1])])
 
 
