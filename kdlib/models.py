@@ -1,8 +1,10 @@
 """From-scratch Llamas by name, their tokenizers (with a chat template that marks the assistant's tokens), and loading."""
 
+import hashlib
 import os
 import tomllib
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -74,6 +76,21 @@ def _local(name: str | Path) -> str:
     """The folder of a model: itself, or its copy under KDLIB_MODELS; else its hub id."""
     mirror = Path(os.environ.get("KDLIB_MODELS") or "/dev/null") / name
     return str(mirror if mirror.is_dir() else name)
+
+
+def origin(name: str) -> dict[str, str] | None:
+    """What tells the copy of a model under KDLIB_MODELS from others of its name: of every file its size and a hash of its first 16 MiB.
+    None without such a copy.
+    """
+    folder = Path(_local(name))
+    files = sorted(p for p in folder.glob("*") if p.is_file()) if "KDLIB_MODELS" in os.environ and str(folder) != name else ()
+    return {f"{name}/{p.name}": f"{p.stat().st_size}-{_start_hash(p, p.stat().st_mtime_ns)}" for p in files} or None
+
+
+@lru_cache(maxsize=10_000)
+def _start_hash(path: Path, changed_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(2**24)).hexdigest()
 
 
 def _trusted(name: str | Path, trust: tuple) -> bool:

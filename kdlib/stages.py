@@ -37,7 +37,8 @@ def make(root: Path, spec: dict) -> Path:
     """Make an artefact, and all that it is made from, unless it is there, and return its folder."""
     build = {"data": _build_data, "base": _build_model, "model": _build_model, "targets": _build_targets, "answers": _build_answers,
              "scores": _build_scores}
-    kind, origin = path(root, spec).name.split("-")[0], _source(spec, "origin")() if "source" in spec else None
+    kind, near = path(root, spec).name.split("-")[0], [spec, *(spec[k] for k in ("start", "by", "teacher", "of") if spec.get(k))]
+    origin = _source(spec, "origin")() if "source" in spec else next((models.origin(s["hub"]) for s in near if "hub" in s), None)
     return store.artefact(root, kind, spec, partial(build[kind], root, spec), origin, resumes=kind in ("targets", "answers"))
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import hub
 import pandas as pd
@@ -116,6 +117,24 @@ def test_a_tokenizer_may_have_one_more_token_to_pad_with_and_no_other(shelf):
     tulu.add_tokens(["<tool>"])
     with pytest.raises(ValueError, match="tokens differ, among them '<pad>'"):
         models.common_vocabulary(student, tulu, 348, 365)
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_the_one_that_results_are_of(shelf, tmp_path, monkeypatch):
+    name = "meta-llama/Llama-3.2-1B"
+    assert models.origin("nobody/nothing") is None and f"{name}/model.safetensors" in models.origin(name)
+    monkeypatch.setenv("KDLIB_MODELS", str(tmp_path / "models"))
+    shutil.copytree(shelf[0] / "models" / name, tmp_path / "models" / name)
+    plan = few("paper", shelf[1], tmp_path / "results")
+    start = plan.configs[0]["start"]
+    monkeypatch.setattr(stages, "_build_model", lambda root, spec, folder: (folder / "evaluation.json").write_text("{}"))  # that takes its time
+    assert stages.make(plan.root, start) == stages.make(plan.root, start)
+    model, _ = models.load(name)
+    next(model.parameters()).data += 1
+    model.save_pretrained(tmp_path / "models" / name)
+    with pytest.raises(ValueError, match=r"base-\w+ was made from other files than .*model\.safetensors.* at hand; give each a results_dir"):
+        stages.make(plan.root, start)
+    monkeypatch.delenv("KDLIB_MODELS")
+    assert models.origin(name) is None
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -203,7 +203,7 @@ def test_the_readmes_sentences_hold_in_every_world():
 
 @pytest.mark.parametrize("arguments, last", [
     (["smoke", "0,1"], "notebooks/02_data_budget.ipynb notebooks/03_teacher_strength.ipynb notebooks/04_two_stage_domain.ipynb"),
-    (["realtext", "0"], "notebooks/02_data_budget.ipynb"),
+    (["realtext", "0"], "notebooks/02_data_budget.ipynb notebooks/03_teacher_strength.ipynb notebooks/04_two_stage_domain.ipynb"),
     (["lab", "a"], "ValueError: WORLDS='a' is not allowed; allowed: different whole numbers with commas between, as in 0,1,2."),
     (["lab", "0,0"], "ValueError: WORLDS='0,0' is not allowed; allowed: different whole numbers with commas between, as in 0,1,2."),
     (["realtext", "0,1"], "ValueError: world_seed=1 is not allowed; allowed: 0, because preset 'realtext' has one world.")])
