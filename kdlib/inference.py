@@ -5,7 +5,8 @@ from unittest.mock import patch  # an attribute for a while, and then what was t
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, GenerationConfig
+from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -138,6 +139,32 @@ def keeps_rows_apart(model) -> bool:
     return apart
 
 
+class _Room(DynamicLayer):
+    """Keys and values of a layer in memory that is taken once, with room for so many more tokens; the plain layer copies all at every token."""
+
+    def __init__(self, more: int):
+        super().__init__()
+        self.more = more
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values so far, the new ones behind."""
+        past, whole = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [x.new_empty(*x.shape[:2], whole + self.more, x.shape[3]) for x in (key_states, value_states)]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, past:whole] = new
+        self.keys, self.values = (room[:, :, :whole] for room in self.room)
+        return self.keys, self.values
+
+
+def _cache(model, more: int) -> DynamicCache:
+    """The cache that ``model`` generates with, in :class:`_Room` where a layer keeps all that it has seen."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Room(more) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, temperature: float = 0.0,
              batch_size: int | None = None, vocabulary: int | None = None) -> list[list[int]]:
@@ -155,7 +182,7 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
         with (patch.object(inner, "generation_config", GenerationConfig()),  # a model's top_p or penalties are not its distribution
               patch.object(model, "generation_config", GenerationConfig())):
             out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
-                                 eos_token_id=eos_token_id, **how)[:, ids.shape[1]:].tolist()
+                                 eos_token_id=eos_token_id, past_key_values=_cache(model, max_new_tokens), **how)[:, ids.shape[1]:].tolist()
         for i, answer in zip(chunk, out):
             answers[i] = answer[:answer.index(eos_token_id) + 1] if eos_token_id in answer else answer
     return answers
