@@ -158,11 +158,13 @@ class _Room(DynamicLayer):
         return self.keys, self.values
 
 
-def _cache(model, more: int) -> DynamicCache:
-    """The cache that ``model`` generates with, in :class:`_Room` where a layer keeps all that it has seen."""
+def _cache(model, more: int) -> dict:
+    """What tells ``model.generate`` to take :class:`_Room`; nothing unless every layer keeps all that it has seen."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [_Room(more) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    if not model._supports_default_dynamic_cache() or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
+    cache.layers = [_Room(more) for _ in cache.layers]
+    return {"past_key_values": cache}
 
 
 @torch.no_grad()
@@ -182,7 +184,7 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
         with (patch.object(inner, "generation_config", GenerationConfig()),  # a model's top_p or penalties are not its distribution
               patch.object(model, "generation_config", GenerationConfig())):
             out = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
-                                 eos_token_id=eos_token_id, past_key_values=_cache(model, max_new_tokens), **how)[:, ids.shape[1]:].tolist()
+                                 eos_token_id=eos_token_id, **_cache(model, max_new_tokens), **how)[:, ids.shape[1]:].tolist()
         for i, answer in zip(chunk, out):
             answers[i] = answer[:answer.index(eos_token_id) + 1] if eos_token_id in answer else answer
     return answers

@@ -18,11 +18,13 @@ FAMILIES = {  # the configuration, and whether what comes after the last attenti
     "Granite": ({**SIZE, "logits_scaling": 4.0, "embedding_multiplier": 2.0}, True),
     "Cohere": ({**SIZE, "logit_scale": 0.3}, True), "Phi3": (SIZE, True), "Olmo2": (SIZE, True),
     "Mixtral": ({**SIZE, "num_local_experts": 2}, False), "GPT2": (OPENAI, False), "GPTNeoX": (SIZE, False)}
+OTHERS = {"RecurrentGemma": {**SIZE, "num_hidden_layers": 3, "attention_window_size": 4}, "Mamba": {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2},
+          "Rwkv": {"vocab_size": 60, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}}
 
 
 def model_of(family):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**FAMILIES[family][0])
+    config = getattr(transformers, f"{family}Config")(**(OTHERS.get(family) or FAMILIES[family][0]))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -156,3 +158,26 @@ def test_an_architecture_that_has_the_names_alone_uses_its_own_forward_pass():
     model, (inputs, mask) = transformers.AutoModelForCausalLM.from_config(config).eval(), batch_of()
     assert inference.linear_head(model) is None and not any("forward" in vars(m) for m in model.modules())
     torch.testing.assert_close(inference.response_logits(model, inputs, mask), model(**inputs).logits[mask])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_keys_and_values_that_are_kept_in_place_change_no_digit(family, monkeypatch):
+    model = model_of(family)
+    prompts = [[5, 9, 13], [7, 7], [20, 30, 40, 50, 6, 8]]
+    kept = inference._cache(model, 4)
+    assert bool(kept) == (family not in ("Mistral", "Gemma2", *OTHERS))
+    how = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": 59, "temperature": 1.0}
+    found = []
+    for cache in (inference._cache, lambda *_: {}):
+        monkeypatch.setattr(inference, "_cache", cache)
+        torch.manual_seed(0)
+        found.append(inference.generate(model, prompts, **how))
+    assert found[0] == found[1] and max(map(len, found[0])) == 6
+    if kept:
+        steps = torch.arange(3, 12).reshape(1, 9), torch.arange(20, 29).reshape(1, 9)
+        plain = None
+        for ids in torch.cat(steps).split([6, 1, 1, 1], 1):
+            ours, theirs = model(input_ids=ids, **kept), model(input_ids=ids, past_key_values=plain, use_cache=True)
+            plain = theirs.past_key_values
+            assert torch.equal(ours.logits, theirs.logits)
+        assert kept["past_key_values"].get_seq_length() == 9
