@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from jinja2 import TemplateError
 from transformers.utils import logging
 
 IGNORE = -100
@@ -43,16 +44,16 @@ def stretches(labels: list[int]) -> list[tuple[int, int]]:
 
 
 def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]] | None:
-    """Fit a row into ``max_length`` tokens by cutting the middle of its longest prompt stretch; None if that is not enough."""
-    if (excess := len(ids) - max_length) <= 0:
-        return ids, labels
-    prompts = [s for s in stretches(labels) if labels[s[0]] == IGNORE]
-    start, end = max(prompts, key=lambda s: s[1] - s[0], default=(0, 0))
-    keep = end - start - excess  # of it, the head for the role and the instruction, and the tail for the turn's end
-    if keep < 8:
-        return None
-    cut = start + (keep + 1) // 2
-    return ids[:cut] + ids[cut + excess:], labels[:cut] + labels[cut + excess:]
+    """Fit a row into ``max_length`` tokens by cutting the middles of its prompt stretches, the longest first; None if that is not enough."""
+    while (excess := len(ids) - max_length) > 0:
+        prompts = [s for s in stretches(labels) if labels[s[0]] == IGNORE]
+        start, end = max(prompts, key=lambda s: s[1] - s[0], default=(0, 0))
+        keep = max(8, end - start - excess)  # of it, the head for the role and the instruction, and the tail for the turn's end
+        if (excess := end - start - keep) <= 0:
+            return None
+        cut = start + (keep + 1) // 2
+        ids, labels = ids[:cut] + ids[cut + excess:], labels[:cut] + labels[cut + excess:]
+    return ids, labels
 
 
 def processes(rows: int) -> int | None:
@@ -61,7 +62,10 @@ def processes(rows: int) -> int | None:
 
 
 def _fit(messages: list[dict], i: int, tokenizer, max_length: int, drop: bool) -> dict:
-    full, labels = encode(messages, tokenizer)
+    try:
+        full, labels = encode(messages, tokenizer)
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses row {i}, whose turns are of {', '.join(m['role'] for m in messages)}: {error}.") from error
     if (fitted := shorten_prompt(full, labels, max_length)) is None and not drop:
         raise ValueError(f"max_length={max_length} would cut the answer of row {i}, which has {len(full)} tokens, "
                          f"{sum(t != IGNORE for t in labels)} of them answer; allowed: more, or drop=True to leave it out.")

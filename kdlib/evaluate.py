@@ -84,6 +84,8 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
             if parts := means.get(suite, pd.Series()).to_dict():
                 metrics |= {name: sum(parts.values()) / len(parts), f"{name}_by_skill": parts}
     scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id)
+    if not scores["confidence"].isfinite().all():
+        raise ValueError("The model gives no finite probabilities: it has diverged; allowed: a smaller learning_rate.")
     nll = torch.zeros(len(rows)).index_add_(0, scores["row"], scores["nll"]).tolist()
     answers = ["".join(m["content"] for m in ms if m["role"] == "assistant") for ms in rows["messages"]]
     items |= {"nll": [round(v, 4) for v in nll], "bytes": [len(a.encode()) for a in answers]}

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -101,9 +102,9 @@ def _reach(make, name: str | Path, revision: str | None, trust: tuple, **how):
     """``make.from_pretrained``; what goes wrong as one sentence with the remedy. Names in ``trust`` may run code and unpickle weights."""
     try:
         return make.from_pretrained(_local(name), revision=revision or "main", trust_remote_code=_trusted(name, trust), **how)
-    except (OSError, ValueError, KeyError) as error:
-        said = str(error).strip()
-        remedy = next((say for marks, say in REMEDIES if any(m in said for m in marks)), REMEDIES[-1][1]).format(name=name)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        said, here = str(error).strip(), Path(_local(name)).is_dir()
+        remedy = next((say for marks, say in REMEDIES if any(m in said.replace(str(name), "") for m in marks)), REMEDIES[-2 if here else -1][1]).format(name=name)
         what, why = f"{name!r}{f' at {revision!r}' if revision else ''}", (said or "no reason given").splitlines()[0][:160]
         raise ValueError(f"{what} cannot be loaded ({type(error).__name__}: {why}): {remedy}") from error
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from kdlib import jobs, models, results, runner, stats, store, study
+from kdlib import jobs, models, results, runner, stages, stats, store, study
 from kdlib.losses import Objective
 from kdlib.presets import METRICS, Preset, check
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def artefact_path(root: Path, kind: str, spec: dict) -> Path:
     return root / ".cache" / f"{kind}-{digest(spec)}"
 
 
+@contextmanager
+def room_on_disk(folder: str | Path):
+    """What fails in it since the disk of ``folder`` is full does so as OSError in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)  # as safetensors puts it
+        if not full or "The disk is full" in str(error):  # said already
+            raise
+        raise OSError(errno.ENOSPC, f"The disk is full under {folder}; free some of it and run again: what was finished is kept.") from error
+
+
 def fill(path: Path, build: Callable[[Path], None], resumes: bool = False, **about) -> None:
     """Make ``path`` with ``build(folder)`` and a manifest of ``about`` and hashes, whole or not at all; the caller holds a lock. A build that
     ``resumes`` finds in its folder what a killed one left. OSError, in one sentence, on a full disk.
@@ -91,15 +104,12 @@ def fill(path: Path, build: Callable[[Path], None], resumes: bool = False, **abo
     if path.is_dir():
         return
     try:
-        work.mkdir(exist_ok=True)
-        build(work)
-        files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
-        write_atomic(work / "manifest.json", json.dumps({**about, "files": files}, indent=1))
-        os.replace(work, path)
-    except Exception as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):  # as safetensors puts it
-            raise
-        raise OSError(errno.ENOSPC, f"The disk is full under {path.parent}; free some of it and run again: what was finished is kept.") from error
+        with room_on_disk(path.parent):
+            work.mkdir(exist_ok=True)
+            build(work)
+            files = {str(p.relative_to(work)): file_hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
+            write_atomic(work / "manifest.json", json.dumps({**about, "files": files}, indent=1))
+            os.replace(work, path)
     finally:
         if not resumes:
             shutil.rmtree(work, ignore_errors=True)

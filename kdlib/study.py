@@ -178,7 +178,7 @@ def run(plan: Plan) -> list[dict]:
         raise ValueError(f"{len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing, and none may be trained "
                          f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
-        from kdlib import jobs
+        from kdlib import jobs, stages
         if tasks := getattr(plan.preset, "tasks", None):
             stages.harness.check_tasks(tasks)
         todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)

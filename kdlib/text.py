@@ -18,12 +18,14 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import Template
+from pyarrow import ArrowInvalid
 
 from kdlib.data import Corpus, processes
-from kdlib.store import digest, file_hash
+from kdlib.store import digest, file_hash, room_on_disk
 
 COLUMNS = (("instruction", "context", "response"), ("instruction", "input", "output"), ("prompt", None, "completion"))  # Dolly, Alpaca, TRL
 FEATURES = Features({"messages": [{"role": Value("string"), "content": Value("string")}], **dict.fromkeys(("prompt", "whole", "first"), Value("int64")),
@@ -55,16 +57,26 @@ def load_rows(source: dict) -> Dataset:
     """Rows of a source as they stand there, memory-mapped; of JSON lines each ``line`` and where it is (``at``). Raises if they cannot be had."""
     if path := find(source):
         files = sorted(str(p) for p in path.rglob("*") if p.is_file()) if path.is_dir() else [str(path)]
-        if path.is_dir() and (path / "state.json").is_file():
-            return load_from_disk(path)
-        if tables := [f for f in files if f.endswith(".parquet")]:
-            return load_dataset("parquet", data_files=tables, split="train", cache_dir=tempfile.mkdtemp(dir=_scratch().name))
-        if not (texts := [f for f in files if re.search(r"\.jsonl?(\.gz)?$", f)]):
-            raise FileNotFoundError(f"{path} holds no data; allowed: .jsonl, .jsonl.gz or .parquet, or a folder that has some.")
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            saved, part = load_from_disk(path), source.get("split", "train")
+            if isinstance(saved, DatasetDict) and part not in saved:
+                raise ValueError(f"split={part!r} is not in {path}; allowed: {', '.join(saved)}.")
+            return saved[part] if isinstance(saved, DatasetDict) else saved
+        tables, texts = ([f for f in files if re.search(kind, f)] for kind in (r"\.parquet$", r"\.jsonl?(\.gz)?$"))
+        if bool(tables) == bool(texts):
+            raise FileNotFoundError(f"{path} holds {'both kinds of' if tables else 'no'} data; allowed: .jsonl and .jsonl.gz, or .parquet, or a folder of either.")
         try:
+            if tables:
+                return load_dataset("parquet", data_files=tables, split="train", cache_dir=tempfile.mkdtemp(dir=_scratch().name))
             return Dataset.from_generator(_lines, gen_kwargs={"files": texts}, cache_dir=tempfile.mkdtemp(dir=_scratch().name))
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error
+        except (DatasetGenerationError, SchemaInferenceError, ArrowInvalid) as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, SchemaInferenceError):
+                raise ValueError(f"{path} has no rows; allowed: data with some.") from error
+            if texts:
+                raise cause
+            why = f"{type(cause).__name__}: {cause}".split("\n")[0][:200]
+            raise ValueError(f"{path} cannot be read as Parquet files of the same columns ({why}).") from error
     try:
         return load_dataset(source["hub"], source.get("hub_config"), revision=source.get("revision"), split=source.get("split", "train"))
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
@@ -87,10 +99,13 @@ def _lines(files: list[str]):
 
 def parse(row: dict, number: int, name: str) -> tuple[dict, str]:
     """A row, decoded if it is of JSON lines, and where it is. ValueError on a line that is no JSON object in UTF-8."""
-    if row.keys() != {"line", "at"}:
+    if row.keys() != {"line", "at"} or not isinstance(row["line"], bytes):
         return row, f"{name}, row {number + 1}"
     try:
-        return {**json.loads(row["line"].decode("utf-8"))}, row["at"]
+        found = {**json.loads(row["line"].decode("utf-8"))}
+        if b"\\ud" in row["line"].lower():  # half of a pair, perhaps, which UTF-8 has no bytes for
+            json.dumps(found, ensure_ascii=False).encode()
+        return found, row["at"]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{row['at']}: not a JSON object in UTF-8 ({error}).") from error
 
@@ -107,7 +122,8 @@ def to_messages(row: dict, where: str = "", source: dict | None = None) -> list[
         if messages is None and row.get(first) and row.get(last) is not None:
             parts = [row[first], row[last]]
             if isinstance(row[first], str):
-                asked = "\n\n".join(part for part in (row[first], row.get(more)) if part)
+                asked = [part for part in (row[first], row.get(more)) if part]
+                asked = "\n\n".join(asked) if all(isinstance(part, str) for part in asked) else asked
                 parts = [[{"role": role, "content": text}] for role, text in (("user", asked), ("assistant", row[last]))]
             messages = [*parts[0], *parts[1]]
     if messages is None:
@@ -125,7 +141,7 @@ def _key(messages: list[dict]) -> int:
 def _normal(row: dict, number: int, source: dict, name: str) -> dict:
     """One row as all of them are, its last line's answer, keys of prompt and whole, and whether it is kept."""
     row, where = parse(row, number, name)
-    identifier, messages, fate = str(row.get("id") or f"{name}-{number}"), [], "other"
+    identifier, messages, fate, turns = str(row.get("id") or f"{name}-{number}"), [], "other", ()
     final = None
     if all(row.get(k) == v for k, v in source["where"].items()):
         messages, fate = to_messages(row, where, source), "kept"
@@ -137,21 +153,26 @@ def _normal(row: dict, number: int, source: dict, name: str) -> dict:
         else:
             messages = messages[:last]  # what nobody answers teaches nothing
             fate = "kept" if all(m["content"].strip() for m in messages if m["role"] == "assistant") else "empty"
+        turns = [m["role"] for m in messages]
+    opened = turns.index("user") if "user" in turns else 0  # a greeting asks nothing
+    answered = turns.index("assistant", opened) if "assistant" in turns[opened:] else len(turns)
     found = source.get("category_in_id") and re.match(source["category_in_id"], identifier)
     kind = str(row.get("category") or (found and found[1]) or row.get("source") or "all")
     return {"id": identifier, "messages": messages, "skill": kind, "suite": "seen", "answer": final and final[1], "fate": fate,
             "prompt": _key([m for m in messages if m["role"] != "assistant"]), "whole": _key(messages),
-            "first": _key([m for m in messages[:2] if m["role"] != "assistant"])}
+            "first": _key([m for m in messages[:answered] if m["role"] != "assistant"])}
 
 
 def conversations(source: dict, num_proc: int | None = None) -> tuple[Dataset, dict]:
-    """Rows as ``id``, ``messages``, ``skill``, ``suite``, ``answer``, ``first``, a key of what is said before the first answer, and ``prompt``,
+    """Rows as ``id``, ``messages``, ``skill``, ``suite``, ``answer``, ``first``, a key of what is said before a user is first answered, and ``prompt``,
     of all that is said before or between answers, in an order drawn by it; no conversation twice, no id either. Also counts of what was
     left out. ValueError if nothing is left.
     """
-    rows, name, where = load_rows(source), str(source.get("local") or source["hub"]), source.get("where", {}) if find(source) else {}
-    rows = rows.map(_normal, with_indices=True, fn_kwargs={"source": {**source, "where": where}, "name": name}, remove_columns=rows.column_names,
-                    num_proc=num_proc or processes(len(rows)), cache_file_name=tempfile.mktemp(".arrow", dir=_scratch().name), features=FEATURES)
+    name, scratch = str(source.get("local") or source["hub"]), _scratch().name
+    with room_on_disk(scratch):
+        rows, where = load_rows(source), source.get("where", {}) if find(source) else {}
+        rows = rows.map(_normal, with_indices=True, fn_kwargs={"source": {**source, "where": where}, "name": name}, remove_columns=rows.column_names,
+                        num_proc=num_proc or processes(len(rows)), cache_file_name=tempfile.mktemp(".arrow", dir=scratch), features=FEATURES)
     fate, whole, prompt = (rows.with_format("numpy")[k][:] for k in ("fate", "whole", "prompt"))
     kept = np.flatnonzero(fate == "kept")
     first = kept[np.unique(whole[kept], return_index=True)[1]]
@@ -161,8 +182,13 @@ def conversations(source: dict, num_proc: int | None = None) -> tuple[Dataset, d
     report = {"rows_read": int((fate != "other").sum()), "empty_answers_dropped": int((fate == "empty").sum()), "duplicates_dropped": len(kept) - len(first)}
     rows = rows.select(first[np.lexsort((first, prompt[first]))]).remove_columns(["whole", "fate"])
     if len(set(ids := list(rows["id"]))) < len(ids):
-        times = Counter()
-        rows = rows.remove_columns("id").add_column("id", [f"{i}#{times[i]}" if times.update([i]) or times[i] > 1 else i for i in ids])
+        times, given = Counter(), set()
+        for place, i in enumerate(ids):
+            while ids[place] in given or (ids[place] == i and times[i]):
+                ids[place] = f"{i}#{times.update([i]) or times[i]}"
+            times[i] = max(times[i], 1)
+            given.add(ids[place])
+        rows = rows.remove_columns("id").add_column("id", ids)
     rows._fingerprint = digest([name, report, len(rows), int(prompt.sum())])  # of what was read, not of this code
     return rows, report
 
@@ -174,15 +200,19 @@ def split(train: dict, test: dict, *, validation_rows: int, test_rows: int) -> t
     """
     rows, report = conversations(train)
     own = test.keys() & {"hub", "split"} or (test and find(test))
-    held = conversations({**train, **test})[0] if own else rows.select(range(len(rows) - min(test_rows, len(rows) // 20), len(rows)))
-    tests = held.select(np.argsort([_key([{"role": "", "content": i}]) for i in held["id"]])[:test_rows])
+    held = conversations({**train, **test})[0] if own else rows.select(range(len(rows) - some, len(rows)) if (some := min(test_rows, len(rows) // 20)) else [])
+    tests = held.select(np.argsort([_key([{"role": "", "content": i}]) for i in held["id"]])[:test_rows]) if len(held) else held
     (prompts, taken), (firsts, heard) = ([r.with_format("numpy")[k][:] for r in (rows, held)] for k in ("prompt", "first"))
     free = np.flatnonzero(~np.isin(prompts, taken) & ~np.isin(firsts, heard))
     checks, rest = np.split(free, [min(validation_rows, len(free) // 4)])
     if not min(len(tests), len(checks)):
-        raise ValueError(f"{train.get('local') or train['hub']} has {len(rows)} conversations of its own, too few to hold any out; allowed: 20 or more.")
+        raise ValueError(f"{train.get('local') or train['hub']} has {len(rows)} conversations with {len(np.unique(firsts))} different beginnings, of which "
+                         f"{len(tests)} are left to test and {len(checks)} to validate (test_rows={test_rows}, validation_rows={validation_rows}); "
+                         "allowed: 20 or more with beginnings of their own.")
     report["held_out_prompts_dropped"] = len(rows) - len(free)
-    return {"train": rows.select(rest[~np.isin(prompts[rest], prompts[checks])]), "validation": rows.select(checks), "test": tests}, report
+    own = ~np.isin(prompts[rest], prompts[checks]) & ~np.isin(firsts[rest], firsts[checks])
+    report |= {"validation_prompts_dropped": dropped} if (dropped := int((~own).sum())) else {}
+    return {"train": rows.select(rest[own]), "validation": rows.select(checks), "test": tests}, report
 
 
 def corpus(world_seed: int, *, train: dict, test: dict, pretrain: dict | None = None, domains: dict | None = None, **sizes) -> Corpus:

@@ -58,8 +58,16 @@ def test_shortening_cuts_the_middle_of_the_prompt_and_never_the_answer():
             assert len(cut[0]) == limit
             assert [t for t, label in zip(*cut) if label != IGNORE] == [t for t, label in zip(ids, labels) if label != IGNORE]
             gone = sorted(set(ids) - set(cut[0]))
-            assert gone == list(range(gone[0], gone[-1] + 1)), "one stretch goes"
-            assert gone[0] > 0 and cut[0][0] == 0, "the head stays"
+            ends = [0, *(j for j in range(1, len(ids)) if (labels[j] == IGNORE) != (labels[j - 1] == IGNORE)), len(ids)]
+            for start, end in zip(ends, ends[1:]):
+                own = [i for i in gone if start <= i < end]
+                assert own == list(range(own[0], own[-1] + 1)) if own else True, "one piece of each"
+                assert not own or (own[0] - start >= 4 and end - own[-1] > 4), "its head and its tail stay"
+            longest = max((e - s for s, e in zip(ends, ends[1:]) if labels[s] == IGNORE), default=0)
+            assert len({next(s for s in reversed(ends) if s <= i) for i in gone}) == 1 or len(ids) - limit > longest - 8, "others only if need be"
+        else:
+            spare = sum(max(0, e - s - 8) for s, e in data.stretches(labels) if labels[s] == IGNORE)
+            assert len(ids) - limit > spare
 
 
 def test_render_counts_what_it_did(bpe):

@@ -1,8 +1,9 @@
+import errno
 import gzip
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from kdlib import text
 from kdlib.presets import PRESETS
@@ -62,8 +63,43 @@ def test_json_lines_parquet_and_folders_read_the_same(tmp_path):
     for name, part in (("one", rows[:2]), ("two", rows[2:])):
         write(tmp_path / "folder" / f"{name}.jsonl", part)
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    found = [text.conversations({"local": str(tmp_path / name)})[0].to_list() for name in ("x.jsonl", "x.jsonl.gz", "x.parquet", "folder", "saved")]
+    DatasetDict({"train": Dataset.from_list(rows), "odd": Dataset.from_list(rows[:1])}).save_to_disk(tmp_path / "parts")
+    found = [text.conversations({"local": str(tmp_path / name)})[0].to_list() for name in ("x.jsonl", "x.jsonl.gz", "x.parquet", "folder", "saved", "parts")]
     assert len(found[0]) == 5 and all(f == found[0] for f in found)
+    assert len(text.load_rows({"local": str(tmp_path / "parts"), "split": "odd"})) == 1
+    with pytest.raises(ValueError, match="split='test' is not in .*parts; allowed: train, odd"):
+        text.load_rows({"local": str(tmp_path / "parts"), "split": "test"})
+
+
+def test_files_that_hold_no_rows_or_unlike_ones_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    write(tmp_path / "mixed" / "y.jsonl", [{"messages": messages(0)}])
+    Dataset.from_list([{"messages": messages(1)}]).to_parquet(tmp_path / "mixed" / "x.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and so on")
+    for name, column in (("a", "messages"), ("b", "prompt")):
+        (tmp_path / "unlike").mkdir(exist_ok=True)
+        Dataset.from_dict({column: ["x"]}).to_parquet(tmp_path / "unlike" / f"{name}.parquet")
+    Dataset.from_dict({"line": ["x"], "at": ["y"]}).to_parquet(tmp_path / "odd.parquet")
+    for name, kind, message in (("empty.jsonl", ValueError, "empty.jsonl has no rows"), ("mixed", FileNotFoundError, "mixed holds both kinds of data"),
+                                ("broken.parquet", ValueError, "broken.parquet cannot be read as Parquet files"),
+                                ("unlike", ValueError, "unlike cannot be read as Parquet files of the same columns"),
+                                ("odd.parquet", ValueError, r"odd.parquet, row 1: row None has no 'messages'")):
+        with pytest.raises(kind, match=message):
+            text.conversations({"local": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize("ids", [["a", "a", "a#2", "a"], ["a#2", "a", "a"], ["a", "b", "a", "a"]])
+def test_ids_are_made_different_whatever_they_are(tmp_path, ids):
+    write(tmp_path / "x.jsonl", [{"id": i, "messages": messages(n)} for n, i in enumerate(ids)])
+    found = text.conversations({"local": str(tmp_path / "x.jsonl")})[0]["id"]
+    assert len(set(found)) == len(ids) and {i.split("#")[0] for i in found} == {i.split("#")[0] for i in ids}
+
+
+def test_a_full_disk_where_data_are_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "x.jsonl", [{"messages": messages(0)}])
+    monkeypatch.setattr(text, "load_rows", lambda source: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=rf"The disk is full under {text._scratch().name}; free some"):
+        text.conversations({"local": str(tmp_path / "x.jsonl")})
 
 
 def test_many_processes_give_the_same_rows(folder):
@@ -72,7 +108,7 @@ def test_many_processes_give_the_same_rows(folder):
 
 
 @pytest.mark.parametrize("content, line", [(b'{"a": 1}\n{"a": \n', 2), (b'{"a": 1}\n{"a": 2}\n{"a": "\xff"}\n', 3),
-                                           (b'{"a": 1}\n\n[1, 2]\n', 3)])
+                                           (b'{"a": 1}\n\n[1, 2]\n', 3), (b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n', 2)])
 def test_a_malformed_line_is_named(tmp_path, content, line):
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line {line}: not a JSON object"):
@@ -187,6 +223,7 @@ def test_corpus_from_a_hub_id_holds_out_one_prompt_in_twenty(hub):
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "needs messages that are objects"),
     ({"messages": "a"}, "needs messages that are objects"), ({"messages": ["a"]}, "needs messages that are objects"),
     ({"messages": [{"role": "user", "content": "a"}]}, "has no assistant's turn"),
+    ({"instruction": "a", "input": ["b"], "output": "c"}, "needs messages that are objects"),
     ({"response": "a"}, "no 'messages' and no 'instruction' or 'prompt' with an answer")])
 def test_a_row_without_a_conversation_is_named_with_its_file(folder, row, message):
     write(folder / "odd.jsonl", [{"id": "fine", "messages": messages(1)}, {"id": "x", **row}])
@@ -214,6 +251,25 @@ def test_rows_that_share_a_system_prompt_are_not_duplicates(folder):
     corpus = text.corpus(0, pretrain=local("plain.jsonl"), train=local("system.jsonl"), test=local("test.jsonl"),
                          validation_rows=1, test_rows=1)
     assert corpus.report["train"]["duplicates_dropped"] == 1 and len(corpus.sets["train"]) == 6
+
+
+def test_what_opens_a_conversation_is_all_that_comes_before_a_user_is_answered(folder):
+    def opened(i, greeting=True):
+        said = [{"role": "system", "content": "Be brief."}, *([{"role": "assistant", "content": "Hello!"}] if greeting else [])]
+        return said + [{"role": "user", "content": f"Ask {i % 40}"}, {"role": "assistant", "content": f"So {i}."}]
+
+    write(folder / "greeted.jsonl", [{"id": i, "messages": [*opened(i), {"role": "user", "content": f"And {i}?"}, {"role": "assistant", "content": "No."}]}
+                                     for i in range(400)])
+    sets, report = text.split(local("greeted.jsonl"), {}, validation_rows=20, test_rows=20)
+    begun = {name: {m[2]["content"] for m in rows["messages"]} for name, rows in sets.items()}
+    assert all(len(b) > 0 for b in begun.values())
+    assert not begun["train"] & begun["validation"] and not begun["test"] & (begun["train"] | begun["validation"])
+    assert len(sets["train"]) + 20 + report["held_out_prompts_dropped"] + report["validation_prompts_dropped"] == 400
+    write(folder / "one.jsonl", [{"id": i, "messages": opened(0)[:-1] + [{"role": "assistant", "content": f"So {i}."}]} for i in range(100)])
+    for name, own in (("one.jsonl", "100 conversations with 1 different beginnings"), ("few.jsonl", "12 conversations with 12 different")):
+        write(folder / "few.jsonl", [{"id": i, "messages": opened(i)} for i in range(12)])
+        with pytest.raises(ValueError, match=f"{name} has {own}.*are left to test and .*; allowed: 20 or more with beginnings of their own"):
+            text.split(local(name), {}, validation_rows=2, test_rows=5)
 
 
 def test_a_row_that_answers_nothing_is_left_out_and_counted(folder):
