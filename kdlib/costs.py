@@ -3,17 +3,15 @@ backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and of attention o
 """
 
 import json
-import os
 import tomllib
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 from pandas.io.formats.format import EngFormatter
 
-from kdlib import results, specs
+from kdlib import results, runner, specs
 
 TABLE, MODELS = (tomllib.loads(Path(__file__).with_name(name).read_text("utf-8")) for name in ("costs.toml", "models.toml"))
 
@@ -100,24 +98,32 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     sizes = {k: v for k, v in sizes.items() if isinstance(v, int)} | {
         k: v["rows"] - v["rows_dropped"] for k, v in report.items() if "rows" in v} | {"train": p.train_rows}
     runs = [c for i, c in zip(plan.ids, plan.configs) if not (missing and results.record_path(plan.root, p.name, i).exists())]
-    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if not {"source", "of"} & s.keys()}
+    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "of" not in s}
+
+    def rows_of(name):
+        known = TABLE["rows"].get("/" * ("/" in name) + name.split("/")[-1], "")
+        return sizes.get(name) or sizes.get(f"{name}_rows") or sizes.get(f"{name.rpartition('/')[0]}/{known}") or sizes.get(known) or p.train_rows
+
+    sets, asked = [*held, *(f"{d}{part}" for d in ("", *(f"{n}/" for n in p.domain.get("names", ()))) for part in ("train", "pool")[:1 + bool(d)])], set()
     for spec in [*(s for s in made.values() if not (missing and specs.path(plan.root, s).is_dir())), *runs]:
+        if "source" in spec:
+            table["source"] += 1, 0, 0, 0, 0, 16 * sum(rows_of(name) * length(name)[0] for name in sets)  # two whole numbers a token
+            continue
         work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else held
         reads = [(w, spec, name, None) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
         if work in ("by", "cache"):
             reads = [(work, spec.get("teacher", spec.get("by")), part["set"], part.get("only", part).get("budget")) for part in spec.get("rows", [spec])]
         elif work != "hub":
             table[work][1:4] += _trained(spec, length)
-        if work == "evaluate" and (teacher := specs.teacher_of(spec)):
+        if work == "evaluate" and (teacher := specs.teacher_of(spec)) and (once := json.dumps([teacher, on])) not in asked:
             reads += [("scores", teacher, *on, None)]
+            asked.add(once)
         table[work] += 1, 0, 0, 0, 0, shape(spec).stored * shape(spec).weights if work in ("hub", "pretrain", "phases") else 0
         for w, model, name, budget in reads:
-            s, (t, r), known = shape(model), length(name), TABLE["rows"].get("/" * ("/" in name) + name.split("/")[-1], "")
-            own = f"{name.rpartition('/')[0]}/{known}"
-            n = budget or sizes.get(name) or sizes.get(f"{name}_rows") or sizes.get(own) or sizes.get(known) or p.train_rows
+            s, (t, r), n = shape(model), length(name), budget or rows_of(name)
             t, r = (t - r * (t > r) + told, told) if w in ("by", "replies") else (t, r)
             kept = n * r * cache_bytes(s, **spec["cache"]) if w == "cache" else 0
-            table[w] += w in ("scores", "replies"), n * t, n * r, flops(s, n, n * t, n * r), kept, kept
+            table[w] += w in ("scores", "replies"), n * t, n * r, flops(s, n, n * t, n * r), kept, kept + 16 * n * t * (w == "by")
     out = pd.DataFrame.from_dict(table, "index", columns=["count", *TABLE["seen"], "flops", "cache_bytes", "disk_bytes"])
     out.attrs = {"rows": f"means of {len(records)} records" if records else "typical" if typical else "max_length, an upper bound",
                  "row": np.max([length(part["set"]) for c in plan.configs for f in c["phases"] for part in f["rows"]], 0).tolist(),
@@ -129,7 +135,7 @@ def report(plan, ranks: int | None = None) -> None:
     """Print a plan's grid with the runs found, its work, the hours of each device, and the memory on each of ``ranks``, by default as many as
     the Accelerate configuration in KDLIB_LAUNCH shards over.
     """
-    launched = yaml.safe_load(Path(os.environ["KDLIB_LAUNCH"]).read_text("utf-8")) if os.environ.get("KDLIB_LAUNCH") else {}
+    launched = runner.launch_settings()
     ranks = ranks or (launched["num_processes"] if launched.get("distributed_type") == "FSDP" else 1)
     p, whole, left, show = plan.preset, estimate(plan), estimate(plan, missing=True), EngFormatter(2, True)
     runs = pd.DataFrame([labels for labels, _ in plan.runs])
@@ -163,7 +169,7 @@ def report(plan, ranks: int | None = None) -> None:
             ("hours of one device", pd.DataFrame(hours, ["GB", "whole", "missing"]).T, "{:.3g}".format),
             (f"bytes on each of {ranks} devices that share the weights", needs, show)):
         print(title, frame.to_string(float_format=form, na_rep=""), sep="\n", end="\n\n")
-    print("benchmarks of lm_eval come on top" if getattr(p, "tasks", None) else "nothing else is run")
+    print("benchmarks of lm_eval come on top" if any("tasks" in c["evaluate"] for c in plan.configs) else "nothing else is run")
 
 
 def check(records: list[dict]) -> pd.DataFrame:

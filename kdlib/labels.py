@@ -19,6 +19,15 @@ SAID = {"logprobs": List({**TOKEN, "top_logprobs": List(TOKEN)}), "finish_reason
 LEAST = {"max_new_tokens": 1, "temperature": 0.0, "top_logprobs": 0, "seed": 0, "concurrency": 1, "max_retries": 0, "timeout": 1e-3}
 
 
+def _text(content) -> str:
+    """What an answer says, a text or a list of parts of which some have one; nothing else that servers tell of it."""
+    return "".join(part.get("text") or "" for part in content) if isinstance(content, list) else content or ""
+
+
+def _tokens(found) -> list[dict] | None:
+    return found and [{**{k: t.get(k) for k in TOKEN}, "top_logprobs": [{k: o.get(k) for k in TOKEN} for o in t.get("top_logprobs") or ()]} for t in found]
+
+
 def label(folder: str | Path, rows: Dataset | list[dict], *, base_url: str, model: str, max_new_tokens=1024, temperature=0.0,
           top_logprobs=0, concurrency=16, max_retries=5, timeout=600.0, api_key: str | None = None, seed=0) -> Dataset:
     """``rows`` (``id``, ``messages``) with ``model``'s text as the last answer, ``finish_reason``, and ``logprobs`` (nats, by token
@@ -43,8 +52,9 @@ def label(folder: str | Path, rows: Dataset | list[dict], *, base_url: str, mode
     hashes = {str(r["id"]): store.digest(p) for r in asked if (p := prompt(r)) and p[-1].get("role") in ("user", "tool")}
     if lack := len(rows) - len(hashes):
         raise ValueError(f"{lack} of {len(rows)} rows lack an id of their own, or messages with a user's turn to answer.")
-    teachers._write(folder, {n: given[n] for n in ("model", *list(LEAST)[:4])} | {"rows": store.digest([*hashes.items()])}, {})
-    with store.lock(folder, "write"), open(folder / "answers.jsonl", "a+b") as file, ThreadPoolExecutor(1) as pool:
+    with store.room_on_disk(folder):
+        teachers._write(folder, {n: given[n] for n in ("model", *list(LEAST)[:4])} | {"rows": store.digest([*hashes.items()])}, {})
+    with store.room_on_disk(folder), store.lock(folder, "write"), open(folder / "answers.jsonl", "a+b") as file, ThreadPoolExecutor(1) as pool:
         places, end = {}, file.seek(0)
         for line in file:
             with suppress(ValueError, KeyError, TypeError):  # of a line that a kill cut short
@@ -63,15 +73,17 @@ def label(folder: str | Path, rows: Dataset | list[dict], *, base_url: str, mode
                         if not any(words in str(error).lower() for words in ("context length", "too long", "maximum length")):
                             raise
                         said = {"message": {"content": ""}, "finish_reason": "refused"}
-                    row["messages"] = [*prompt(row), {"role": "assistant", "content": "", **said["message"]}]
-                    row |= {"logprobs": said.get("logprobs", {}).get("content"), "finish_reason": said.get("finish_reason")}
-                    file.write(line := json.dumps(row).encode() + b"\n")
+                    row["messages"] = [*prompt(row), {"role": "assistant", "content": _text(said["message"].get("content"))}]
+                    row |= {"logprobs": _tokens(said.get("logprobs", {}).get("content")), "finish_reason": said.get("finish_reason")}
+                    file.write(line := json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")  # halves of pairs have no bytes
                     places[str(row["id"])] = file.seek(0, os.SEEK_END) - len(line)  # which flushes
         async def ask() -> list:
             async with AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout) as client:
                 return await asyncio.gather(*(work(client) for _ in range(concurrency)), return_exceptions=True)
         with closing(queue):  # and a thread, as the caller's may run a loop
             if error := next((e for e in pool.submit(lambda: asyncio.run(ask())).result() if e), None):
+                if isinstance(error, OSError):  # the disk's, not the server's
+                    raise error
                 why = f"{type(error).__name__}: {error} {error.__cause__ or getattr(error, 'body', None) or ''}".split()
                 raise RuntimeError(f"{base_url=} fails as {model=} ({' '.join(why)[:300]}); {len(places)} of {len(rows)} answers "
                                    f"are in {folder}: check base_url, model, api_key, server; run again to go on.") from error

@@ -2,21 +2,24 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from kdlib import jobs, models, results, runner, stages, stats, store, study
+from transformers import TrainingArguments
+
+from kdlib import jobs, models, results, runner, stages, stats, store, study, teachers
 from kdlib.losses import Objective
 from kdlib.presets import METRICS, Preset, check
 
 CARD = """---
 base_model: {student}
 library_name: transformers
-pipeline_tag: text-generation
-datasets: [{dataset}]
+pipeline_tag: text-generation{listed}
 tags: [knowledge-distillation, kdlib]
 ---
 # {student}, distilled from {teacher}
@@ -50,23 +53,33 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
     :class:`~kdlib.stats.Interval` of SFT − KD in bits per byte) and ``records``. ValueError, before any training, on what does not fit.
     """
     root, metric = store.open_folder(output_dir), METRICS["bits_per_byte"]
-    seeds = check("seeds", list(seeds), list, "at least two different whole numbers", lambda v: len(set(v)) == len(v) >= 2)
+    seeds = check("seeds", list(seeds) if isinstance(seeds, Sequence) else seeds, list, "at least two different whole numbers from 0",
+                  lambda v: all(type(s) is int and s >= 0 for s in v) and len(set(v)) == len(v) >= 2)
     check("epochs", epochs, float, "a number above 0", lambda v: v > 0)
-    objective = vars(Objective(alpha=alpha, kind=kind, temperature=temperature))
-    models.common_vocabulary(*(models.load_tokenizer(n, template=template) for n in (student, teacher)), *map(models.width, (student, teacher)))
+    for name, value, low in (("batch_size", batch_size, 1), ("max_length", max_length, 16), ("validation_rows", validation_rows, 1),
+                             ("test_rows", test_rows, 1), ("workers", workers, 0)):
+        check(name, value, int, f"a whole number from {low}", lambda v: v >= low)
     rates = learning_rate if isinstance(learning_rate, dict) else {"sft": learning_rate, "kd": learning_rate}
     if missing := {"sft", "kd"} - rates.keys():
         raise ValueError(f"learning_rate={learning_rate!r} lacks {' and '.join(sorted(missing))}; allowed: a number, or one for sft and one for kd.")
-    here = Path(str(dataset)).expanduser()
+    for method in ("sft", "kd"):
+        check("learning_rate", rates[method], float, "a number above 0", lambda v: v > 0)
+    known = {"warmup", "micro_batch", "lora", *(f.name for f in fields(TrainingArguments))}
+    check("training", training or {}, dict, "settings of kdlib.trainer.train or TrainingArguments", lambda v: v.keys() <= known)
+    objective, cache = vars(Objective(alpha=alpha, kind=kind, temperature=temperature)), cache or {"form": "top_k", "k": 64, "dtype": "float16"}
+    tokens = models.common_vocabulary(*(models.load_tokenizer(n, template=template) for n in (student, teacher)), *map(models.width, (student, teacher)))
+    teachers.check_cache(tokens, kind, **check("cache", cache, dict, "settings as in presets.toml"))
+    here, mirror = Path(str(dataset)).expanduser(), os.environ.get("KDLIB_DATA")
     source = {"local": str(here.resolve())} if here.exists() else {"hub": dataset, "revision": revision, "split": split}
+    if "hub" in source and mirror and not isinstance(dataset, dict) and (Path(mirror) / dataset).exists():
+        source["local"] = dataset
     source = dataset if isinstance(dataset, dict) else source
     preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
                     train_rows=10**9, max_length=max_length, max_new_tokens=128, vocab_size=0, batch_size=batch_size, seeds=seeds,
                     bases={"student": {"hub": student, "revision": _stamp(student)}},
                     teachers={"base": {"hub": teacher, "revision": _stamp(teacher)}},
                     tokenizer={"name": student, "revision": _stamp(student), "template": template}, domain={}, worlds=[0], metric=metric.name,
-                    learning_rate={m: {1: rates[m]} for m in ("sft", "kd")}, training=training or {},
-                    cache=cache or {"form": "top_k", "k": 64, "dtype": "float16"})
+                    learning_rate={m: {1: rates[m]} for m in ("sft", "kd")}, training=training or {}, cache=cache)
     report = json.loads((stages.make(root, study.data_spec(preset, 0)) / "report.json").read_text(encoding="utf-8"))["train"]
     preset.budgets = [rows := report["rows"] - report["rows_dropped"]]
     preset.steps = math.ceil(epochs * rows / batch_size)
@@ -74,14 +87,17 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
     todo, needs = jobs.tasks(runs, root, metric.name)
     first = next(config for labels, config in runs if (labels["method"], labels["seed"]) == ("kd", seeds[0]))
     folder = root / "models" / results.run_id(first)
-    kept, = (task for task in todo if first in task.args)
-    keeping = partial(kept, keep=folder)
-    runner.compute({keeping if t is kept else t: cost for t, cost in todo.items()}, workers, needs | {keeping: needs[kept]})
+    chosen, = (task for task in todo if first in task.args)
+    keeping = partial(chosen, keep=folder)
+    runner.compute({keeping if t is chosen else t: cost for t, cost in todo.items()}, workers, needs | {keeping: needs[chosen]})
     records = results.read_records(root, "own", [results.run_id(c) for _, c in runs])
     frame = results.frame(records)
     gap, means = stats.paired_interval(stats.paired_gaps(frame, metric).gap), frame.groupby("method")[metric.name].mean()
+    rates = {method: preset.rate(rate, rows) for method, rate in preset.learning_rate.items()}
     settings = {"steps": preset.steps, "batch_size": batch_size, "learning_rate": rates, "max_length": max_length, **preset.training}
-    card = CARD.format(student=student, teacher=teacher, dataset=dataset, rows=rows, alpha=alpha, kind=kind.replace("_", " "), label=metric.label,
+    at = source.get("local") or source["hub"]
+    listed = f"\ndatasets: [{source['hub']}]" if "hub" in source else ""
+    card = CARD.format(student=student, teacher=teacher, dataset=at, listed=listed, rows=rows, alpha=alpha, kind=kind.replace("_", " "), label=metric.label,
                        temperature=temperature, n=gap.n, kd=means.kd, sft=means.sft, untuned=frame[f"untuned_{metric.name}"].iloc[0], low=gap.low,
                        gap=gap.estimate, high=gap.high, seed=seeds[0], version=version("kdlib"), settings=json.dumps(settings))
     store.write_atomic(folder / "README.md", card)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 
 import psutil
+import yaml
 from tqdm import tqdm
 
 
@@ -73,6 +74,18 @@ def _quiet() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     gc.freeze()  # what is imported stays, so that no collection of garbage looks through it again
+
+
+def launch_settings() -> dict:
+    """What the Accelerate configuration that KDLIB_LAUNCH names says, nothing if it names none. ValueError if it cannot be read."""
+    if not (name := os.environ.get("KDLIB_LAUNCH")):
+        return {}
+    try:
+        with open(name, encoding="utf-8") as file:
+            return {**yaml.safe_load(file)}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"KDLIB_LAUNCH={name!r} is no Accelerate configuration that can be read ({type(error).__name__}); allowed: a YAML file like "
+                         "those in kdlib/accelerate.") from error
 
 
 def launch(configuration: str, module: str, *arguments: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kdlib import store
 
+EXACT = ("full", "hidden")  # forms of a cache of targets that hold all that a teacher says
 CACHE = {"form": "hidden", "dtype": "float32"}  # of targets: exact, so that runs differ from live ones by rounding
 KINDS = {"source": "data", "pretrain": "base", "hub": "base", "phases": "model", "cache": "targets", "by": "answers", "of": "scores"}  # of artefacts, by a key
 

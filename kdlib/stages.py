@@ -208,9 +208,11 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
-    model, tokenizer = _speaking(open_model(root, spec["teacher"]), read_data(root, data_of(spec["teacher"])))
-    rows, skills, _ = read_rows(root, spec["rows"], known := data_of(spec["teacher"]))
-    order = [i for pool in _pools(spec["rows"], skills, known) for i in pool]
+    known, under = read_data(root, data_of(spec["teacher"])), data_of(spec["teacher"])
+    model, tokenizer = _speaking(open_model(root, spec["teacher"]), known)
+    models.common_vocabulary(known.tokenizer, tokenizer, *[model.get_output_embeddings().weight.shape[0]] * 2)  # else all is for nothing
+    rows, skills, _ = read_rows(root, spec["rows"], under)
+    order = [i for pool in _pools(spec["rows"], skills, under) for i in pool]
     teachers.write_cache(folder, model, tokenizer, data.Rows(rows.sets, order), **spec["cache"])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kdlib import results, runner, store
 from kdlib.presets import ARMS, KINDS, METHODS, OPTIONAL, PRESETS, RECIPES, Preset, check
+from kdlib.specs import EXACT
 
 SPEC_VERSION = {"lab": 5, "text": 4}  # raised whenever a change of the code changes what a configuration computes
 SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "dry_run", "workers")
@@ -122,6 +123,8 @@ def _said(preset: Preset, name: str, model: dict, **how) -> dict:
 
 def _phase(preset: Preset, rows: list[dict], teacher: dict | None = None, **how) -> dict:
     own = {k: vars(preset)[k] for k in ("training", *(("cache",) if teacher else ())) if k in vars(preset)}
+    if "cache" in own and own["cache"]["form"] not in EXACT and how["temperature"] != 1:  # which then holds for that temperature alone
+        own["cache"] = {**own["cache"], "temperature": how["temperature"]}
     return {"rows": rows, "teacher": teacher, "batch_size": preset.batch_size, **own, **how}
 
 
@@ -181,6 +184,7 @@ def run(plan: Plan) -> list[dict]:
         from kdlib import jobs, stages
         if tasks := getattr(plan.preset, "tasks", None):
             stages.harness.check_tasks(tasks)
+        runner.launch_settings()  # ValueError if they are none
         todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)
         if have:  # made elsewhere, perhaps, where the same specification gives other models
             runner.compute({t: cost for t, cost in todo.items() if t.func is not jobs.execute}, plan.workers, needs)

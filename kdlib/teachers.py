@@ -26,8 +26,9 @@ from kdlib.data import Collator, example_key
 from kdlib.evaluate import prompt, replies
 from kdlib.losses import Head, Hidden, Objective, Sparse
 from kdlib.presets import check
+from kdlib.specs import EXACT
 
-EXACT = ("full", "hidden")
+USUAL = {"form": "top_k", "k": 64, "dtype": "float16", "seed": 0, "shard_rows": 1000, "batch_size": 32}  # of a cache
 ALLOWED = {"form": (*EXACT, "top_k", "sampled"), "dtype": ("float16", "float32")}
 
 
@@ -72,6 +73,21 @@ def _identity(tokenizer) -> dict:
     return {"tokenizer": store.digest(tokenizer.get_vocab()), "template": store.digest(tokenizer.chat_template)}
 
 
+def check_cache(vocabulary: int, kind: str = "forward_kl", **cache) -> None:
+    """ValueError unless :func:`write_cache` takes these settings with so many tokens, and an objective's ``kind`` what comes of them."""
+    if unknown := cache.keys() - USUAL.keys():
+        raise ValueError(f"cache has no {', '.join(sorted(unknown))}; allowed: {', '.join(USUAL)}.")
+    given = {**USUAL, **cache}
+    for name in ("form", "dtype"):
+        check(name, given[name], str, ", ".join(ALLOWED[name]), ALLOWED[name].__contains__)
+    most = vocabulary if given["form"] == "top_k" else 2**16
+    check("k", given["k"], int, f"1 to {most}", lambda v: given["form"] in EXACT or 1 <= v <= most)
+    for name, low in (("seed", 0), ("shard_rows", 1), ("batch_size", 1)):
+        check(name, given[name], int, f"a whole number from {low}", lambda v: v >= low)
+    if given["form"] == "sampled" and kind != "forward_kl":
+        raise ValueError(f"kind={kind!r} with a sampled cache would be biased; allowed: forward_kl.")
+
+
 @torch.no_grad()
 def write_cache(folder: str | Path, model, tokenizer, rows: Sequence[dict], *, form: str = "top_k", k: int = 64,
                 temperature: float = 1.0, dtype: str = "float16", seed: int = 0, shard_rows: int = 1000, batch_size: int = 32) -> Path:
@@ -80,11 +96,7 @@ def write_cache(folder: str | Path, model, tokenizer, rows: Sequence[dict], *, f
     """
     folder, tokens = Path(folder), models.tokens_of(tokenizer)
     vocabulary = max(tokens.values()) + 1
-    for name, value in (("form", form), ("dtype", dtype)):
-        check(name, value, str, ", ".join(ALLOWED[name]), ALLOWED[name].__contains__)
-    most = vocabulary if form == "top_k" else 2**16
-    check("k", k, int, f"1 to {most}", lambda v: form in EXACT or 1 <= v <= most)
-    check("shard_rows", shard_rows, int, "a whole number from 1", lambda v: v >= 1)
+    check_cache(vocabulary, form=form, k=k, dtype=dtype, seed=seed, shard_rows=shard_rows, batch_size=batch_size)
     read = [(str(r.get("id")), len(r["labels"]), store.digest([r["input_ids"], r["labels"]])) for r in rows]
     if len({name for name, *_ in read}) != len(rows):
         raise ValueError("Rows need ids of their own to be found again; some share one, or have none.")
@@ -222,8 +234,7 @@ class Cached:
             raise ValueError(f"T{where[1:]} was made with another template; write it anew.")
         if spec["form"] not in EXACT and objective.temperature != spec["temperature"]:
             raise ValueError(f"temperature={objective.temperature} but {where} has {spec['temperature']}; allowed: that, or an exact cache.")
-        if spec["form"] == "sampled" and objective.divergence != "forward_kl":
-            raise ValueError(f"kind={objective.kind!r} with a sampled cache would be biased; allowed: forward_kl.")
+        check_cache(spec["vocabulary"], objective.divergence, **{k: spec[k] for k in ("form", "k") if k in spec})
         for row in dataset:
             found = self.place.get(example_key(row.get("id")))
             if found is None or found[2] != store.digest([row["input_ids"], row["labels"]]):

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
-from kdlib import costs, data, inference, losses, models, results, specs, stages, store, study, teachers, trainer
+from kdlib import costs, data, inference, losses, models, results, specs, store, study, teachers, trainer
 from kdlib.presets import PRESETS
 
 LAB, PUBLISHED = PRESETS["lab"], {  # on the models' cards
@@ -184,8 +184,8 @@ def test_a_finished_study_cost_what_is_told(tiny_root, tiny_records):
     assert (left == 0).all(axis=None) and whole["count"]["evaluate"] == 8
     for key in costs.TABLE["seen"]:
         assert whole[key]["evaluate"] == pytest.approx(sum(r["provenance"][key] for r in tiny_records))
-    spec, = (s for _, s in stages.all_of(json.dumps(there.configs[-1])).values() if "cache" in s)
-    kept = sum(values.nbytes for shard in teachers.Cached(stages.path(there.root, spec)).shards for _, values in shard.values())
+    spec, = (s for _, s in specs.all_of(json.dumps(there.configs[-1])).values() if "cache" in s)
+    kept = sum(values.nbytes for shard in teachers.Cached(specs.path(there.root, spec)).shards for _, values in shard.values())
     print(f"the tiny study's cache: {whole.cache_bytes['cache'] / kept - 1:+.4f}")
     assert whole.cache_bytes["cache"] == pytest.approx(kept, rel=0.1)
 
@@ -235,6 +235,25 @@ def test_a_report_is_printed(which, texts, paper, tmp_path, capsys):
     costs.report(paper if which == "paper" else study.plan("data_budget", given), ranks=2)
     shown = capsys.readouterr().out
     assert not [t for t in (*texts, "H100 SXM", "hours of one", "bytes on each of 2", "recomputed", "answers", "students' runs") if t not in shown], shown
+
+
+def test_a_launch_configuration_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "odd.yaml").write_text("- 1")
+    for name in ("nope.yaml", "odd.yaml"):
+        monkeypatch.setenv("KDLIB_LAUNCH", str(tmp_path / name))
+        for dry in (True, False):
+            with pytest.raises(ValueError, match=rf"KDLIB_LAUNCH='.*{name}' is no Accelerate configuration that can be read"):
+                study.run(study.plan("data_budget", {"preset": "smoke", "results_dir": str(tmp_path / "x"), "dry_run": dry}))
+
+
+def test_data_take_disk_and_a_teacher_reads_held_out_rows_once(tmp_path):
+    plan = study.plan("data_budget", {"preset": "smoke", "results_dir": str(tmp_path)})
+    table, p = costs.estimate(plan), plan.preset
+    rows = p.train_rows + 2 * p.source["test_rows"] + 2 * (p.source["annotated_rows"] + p.source["unlabelled_rows"] + 2 * p.source["domain_rows"])
+    assert table.disk_bytes["source"] == 16 * p.max_length * rows
+    more = costs.estimate(study.plan("data_budget", {"preset": "smoke", "results_dir": str(tmp_path), "seeds": [0, 1, 2, 3]}))
+    runs = more["count"]["evaluate"] - table["count"]["evaluate"]
+    assert runs == 8 and more["count"]["scores"] - table["count"]["scores"] == runs, "of the students alone"
 
 
 def test_importing_costs_needs_no_torch():

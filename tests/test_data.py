@@ -1,3 +1,4 @@
+import copy
 import random
 
 import pytest
@@ -37,6 +38,13 @@ def test_a_template_without_a_generation_mark_is_refused(tokenizer):
                                    chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match="generation"):
         data.encode(talk("a", "b"), bare)
+
+
+def test_a_template_that_refuses_a_row_is_named_with_it(bpe):
+    tokenizer = copy.deepcopy(bpe)
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(ValueError, match="The chat template refuses row 0, whose turns are of system, user: no system turns"):
+        data.render(Dataset.from_list([{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]), tokenizer, 64)
 
 
 def test_a_conversation_without_an_answer_is_refused(tokenizer):

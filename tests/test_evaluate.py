@@ -48,6 +48,14 @@ def test_calibration_error_by_hand():
     assert evaluate.calibration_error(sure, sure) == 0 and evaluate.calibration_error(sure, 1 - sure) == 1
 
 
+def test_a_model_that_has_diverged_is_named(student, tokenizer, held):
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="no finite probabilities: it has diverged; allowed: a smaller learning_rate"):
+        evaluate.evaluate(student, tokenizer, held)
+
+
 def test_bits_per_byte_by_hand():
     assert evaluate.bits_per_byte([8 * math.log(2), 4 * math.log(2)], ["abc", "é🙂"]) == pytest.approx(12 / 9)
 

@@ -1,6 +1,7 @@
 """Labels from real servers: ``transformers serve`` with a tiny model, and one that says and fails as a test has it."""
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kdlib import evaluate, models
+from kdlib import evaluate, labels, models
 from kdlib.labels import label
 
 for package in ("openai", "fastapi", "uvicorn"):
@@ -157,6 +158,50 @@ def test_empty_answers_stay_and_are_counted_and_a_tables_gaps_are_not_sent(scrip
     rows = label(tmp_path, Dataset.from_list([{"id": 0, "messages": named}, {"id": 1, "messages": ASKED[3]["messages"]}]), **scripted.how)
     assert said(rows) == ["7", ""] and rows["id"][:] == [0, 1] and "1 of 2 answers" in capsys.readouterr().out
     assert sorted((b["messages"] for b in scripted.bodies), key=len) == [ASKED[3]["messages"], named]
+
+
+def test_what_servers_say_besides_an_answer_is_left_out(scripted, tmp_path):
+    told = {"tool_calls": [], "reasoning_content": "hm", "annotations": []}
+    answers = ("plain", [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}], "half \ud83d of a pair", None)
+
+    def reply(body, times):
+        number = int(body["messages"][-1]["content"].split()[2]) % 4
+        return 200, None, {"message": {"role": "assistant", "content": answers[number], **told},
+                           "logprobs": {"content": [{"token": "a", "logprob": -1.0, "bytes": [97], "top_logprobs": [], "token_id": 7}]}}
+
+    scripted.reply = reply
+    rows = label(tmp_path, ASKED, **scripted.how)
+    assert said(rows) == ["plain", "in parts", "half ? of a pair", ""] * 3 and all(m[-1].keys() == {"role", "content"} for m in rows["messages"])
+    assert rows["logprobs"][0] == [{"token": "a", "logprob": -1.0, "bytes": [97], "top_logprobs": []}]
+    asked = len(scripted.bodies)
+    assert said(label(tmp_path, ASKED, **scripted.how)) == said(rows) and len(scripted.bodies) == asked
+
+
+def test_a_full_disk_is_not_taken_for_the_servers_fault(scripted, tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, line):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __iter__(self):
+            return iter(self.file)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    monkeypatch.setattr(labels, "open", lambda *a: Full(open(*a)), raising=False)
+    with pytest.raises(OSError, match=f"The disk is full under {tmp_path}; free some of it and run again"):
+        label(tmp_path, ASKED, **scripted.how)
+    monkeypatch.undo()
+    assert len(label(tmp_path, ASKED, **scripted.how)) == 12
 
 
 def test_a_folder_of_other_settings_is_refused_and_bad_ones_are_named(scripted, tmp_path, monkeypatch):

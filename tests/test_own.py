@@ -62,12 +62,31 @@ def test_a_second_call_trains_nothing_and_finds_the_same(done, shelf):
     ({"seeds": [0]}, r"seeds=\[0\] is not allowed; allowed: at least two different whole numbers"),
     ({"epochs": 0}, "epochs=0 is not allowed; allowed: a number above 0"),
     ({"learning_rate": {"sft": 1e-3}}, r"learning_rate=\{'sft': 0.001\} lacks kd; allowed: a number, or one for sft and one for kd"),
+    ({"seeds": 3}, "seeds=3 has type int"), ({"seeds": ["a", "b"]}, r"seeds=\['a', 'b'\] is not allowed"), ({"seeds": [-1, 0]}, r"seeds=\[-1, 0\] is not"),
+    ({"batch_size": 4.5}, "batch_size=4.5 has type float; allowed: a whole number from 1"), ({"batch_size": 0}, "batch_size=0 is not allowed"),
+    ({"max_length": 8}, "max_length=8 is not allowed; allowed: a whole number from 16"), ({"validation_rows": 0}, "validation_rows=0 is not allowed"),
+    ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed; allowed: a number above 0"), ({"learning_rate": "x"}, "learning_rate='x' has type str"),
+    ({"training": {"nonsense": 1}}, r"training=\{'nonsense': 1\} is not allowed; allowed: settings of"),
+    ({"cache": {"form": "nope"}}, "form='nope' is not allowed; allowed: full, hidden, top_k, sampled"), ({"cache": {"fort": "full"}}, "cache has no fort; allowed: form"),
+    ({"cache": {"k": 10**6}}, r"k=1000000 is not allowed; allowed: 1 to \d+"),
+    ({"cache": {"form": "sampled"}, "kind": "reverse_kl"}, "kind='reverse_kl' with a sampled cache would be biased"),
     ({"alpha": 2.0}, "alpha=2.0 is not allowed"), ({"template": "vicuna"}, "template='vicuna' is not allowed; allowed: tulu, chatml"),
     ({"template": None}, "has no chat template; allowed: a template of kdlib's")])
 def test_what_does_not_fit_is_said_before_any_training(shelf, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         call(shelf, tmp_path / "out", **change)
     assert not list(tmp_path.rglob("runs/*.json"))
+
+
+def test_a_temperature_is_the_caches_too_and_a_copy_of_the_hubs_data_is_taken(shelf, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_DATA", str(shelf / "data"))
+    models = shelf / "models"
+    found = kdlib.distill(str(models / "meta-llama/Llama-3.2-1B"), str(models / "allenai/Llama-3.1-Tulu-3-8B-SFT"), "tulu-3-sft-mixture", tmp_path, template="tulu",
+                          max_length=64, epochs=0.02, seeds=[0, 1], test_rows=5, validation_rows=5, temperature=2.0, learning_rate=1.2345e-5)
+    assert {r["config"]["phases"][0].get("cache", {}).get("temperature") for r in found.records} == {None, 2.0}
+    card = (found.model / "README.md").read_text(encoding="utf-8")
+    assert "datasets: [tulu-3-sft-mixture]" in card and '"learning_rate": {"sft": 1.23e-05, "kd": 1.23e-05}' in card
+    assert {r["config"]["phases"][0]["learning_rate"] for r in found.records} == {1.23e-5}
 
 
 def test_models_of_other_tokens_are_refused(shelf, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdlib import data, evaluate, jobs, models, results, stages, stats, store, study, teachers
+from kdlib import data, evaluate, jobs, models, results, specs, stages, stats, store, study, teachers
 
 CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
 
@@ -56,7 +56,7 @@ def test_the_notebook_makes_the_records_claims_and_figures_of_any_preset(execute
         assert r["provenance"]["metric"] == "accuracy" and 0 < m["bits_per_byte"] < 8
         assert (m["teacher_nll"] > 0) if r["method"] == "kd" else "teacher_nll" not in m
         if r["method"] == "kd":
-            assert len(teachers.Cached(stages.path(executed.root, stages.targets_of(phase))).place) == r["budget"], "no more than is asked for"
+            assert len(teachers.Cached(specs.path(executed.root, specs.targets_of(phase))).place) == r["budget"], "no more than is asked for"
     claims = {c["claim"] for c in results.read_claims(executed.folder)}
     assert {"C1a", "C1b"} <= claims and executed.folder.parent.name == "variants"
     assert (executed.folder / "figures" / "gap_vs_budget.png").is_file()
@@ -140,6 +140,9 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_one_that_results_ar
 @pytest.mark.parametrize("spoil, message", [
     ("absent", "'some/absent' cannot be loaded .*connect to the internet, or set KDLIB_MODELS to a folder that holds some/absent"),
     ("pickled", "it has no safetensors file, and pickled weights are not opened unless its name is in `trust` or KDLIB_TRUST"),
+    ("truncated", r"'some/truncated' cannot be loaded \(SafetensorError: .*its folder is there, but a file in it is missing, damaged"),
+    ("of-other-sizes-401", "cannot be loaded .*its folder is there, but a file in it is missing, damaged"),
+    ("unreadable", "cannot be loaded .*its folder is there, but a file in it is missing, damaged"),
     ("code", "it needs code of its own, which is not run unless its name is in `trust` or KDLIB_TRUST")])
 def test_models_that_cannot_be_had_are_named_with_the_remedy(shelf, tmp_path, monkeypatch, spoil, message):
     monkeypatch.setenv("KDLIB_MODELS", str(tmp_path))
@@ -151,6 +154,12 @@ def test_models_that_cannot_be_had_are_named_with_the_remedy(shelf, tmp_path, mo
     if spoil == "pickled":
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
+    weights = folder / "model.safetensors"
+    if spoil == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if spoil in ("of-other-sizes-401", "unreadable"):
+        config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 96}
+        (folder / "config.json").write_text(json.dumps(config) if spoil != "unreadable" else "{")
     if spoil == "code":
         config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
         (folder / "config.json").write_text(json.dumps(config))
@@ -176,7 +185,7 @@ def test_a_template_that_marks_nothing_is_refused(shelf):
 def test_a_full_disk_while_caching_is_said_and_what_was_cached_is_kept(shelf, tmp_path, monkeypatch):
     plan = few("paper", shelf[1], tmp_path)
     config = next(c for labels, c in plan.runs if labels["method"] == "kd")
-    spec = stages.targets_of(config["phases"][0])
+    spec = specs.targets_of(config["phases"][0])
     spec["cache"] = {**spec["cache"], "shard_rows": 20}
     whole, written = data.Dataset.save_to_disk, []
 
@@ -191,7 +200,7 @@ def test_a_full_disk_while_caching_is_said_and_what_was_cached_is_kept(shelf, tm
     with pytest.raises(OSError, match="The disk is full under .*; free some of it and run again: what was finished is kept"):
         stages.make(plan.root, spec)
     monkeypatch.setattr(data.Dataset, "save_to_disk", whole)
-    place = stages.path(plan.root, spec)
+    place = specs.path(plan.root, spec)
     kept = {p: p.stat().st_mtime_ns for p in place.with_name(f".{place.name}.unfinished").glob("shard-*/manifest.json")}
     assert len(kept) == 2 and not place.exists()
     made = stages.make(plan.root, spec)

@@ -9,7 +9,7 @@ import pytest
 from datasets import load_from_disk
 from tiny import SMOKE, TINY, changed, plan, sweep
 
-from kdlib import costs, data, evaluate, jobs, models, results, stages, stats, store, study, teachers
+from kdlib import costs, data, evaluate, jobs, models, results, specs, stages, stats, store, study, teachers
 from kdlib.presets import ARMS, METRICS, OPTIONAL, PRESETS, RECIPES
 
 
@@ -213,9 +213,9 @@ def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_teacher_and_untuned_student_are_scored_as_the_student_is(tiny_root, tiny_records, split):
     config = next(r["config"] for r in tiny_records if r["method"] == "kd")
-    known = stages.read_data(tiny_root, stages.data_of(config))
-    for name, spec in (("untuned", config["start"]), ("teacher", stages.teacher_of(config))):
-        folder = stages.path(tiny_root, spec)
+    known = stages.read_data(tiny_root, specs.data_of(config))
+    for name, spec in (("untuned", config["start"]), ("teacher", specs.teacher_of(config))):
+        folder = specs.path(tiny_root, spec)
         model, tokenizer = models.load(folder)
         wanted = evaluate.evaluate(model, tokenizer, known.rows(split), verify=known.verify)[0]
         assert json.loads((folder / "evaluation.json").read_text())[split] == wanted
@@ -240,7 +240,7 @@ def test_teachers_of_every_strength_and_their_own_words(tmp_path):
     frame = results.frame(records)
     assert set(frame.arm) == {"sft", "kd weak", "kd base", "kd strong", "seq_kd strong"} and (frame.groupby("arm").size() == 4).all()
     config = next(r["config"] for r in records if r["method"] == "seq_kd")
-    spec, (part,) = stages.data_of(config), config["phases"][0]["rows"]
+    spec, (part,) = specs.data_of(config), config["phases"][0]["rows"]
     rows, _, right = stages.read_rows(made.root, [part], spec)
     known, asked = stages.read_data(made.root, spec), stages.read_rows(made.root, [{"set": "train"}], spec)[0]
     assert len(rows) == len(asked) == len(right) == TINY.train_rows and [r["id"] for r in rows] == [r["id"] for r in asked]
@@ -251,11 +251,11 @@ def test_teachers_of_every_strength_and_their_own_words(tmp_path):
         assert known.verify(source, said) is fine
     assert frame[frame.method == "seq_kd"].label_accuracy.tolist() == pytest.approx([sum(right) / len(right)] * 4)
     assert frame[frame.method != "seq_kd"].label_accuracy.isna().all()
-    strong = stages.teacher_of(config)
+    strong = specs.teacher_of(config)
     (kept,) = strong["phases"][0]["rows"]
     chosen, _, judged = stages.read_rows(made.root, [kept], spec)
     assert len(chosen) == sum(judged) and [int(r["id"].split("/")[1]) for r in chosen] == [i for i, fine in enumerate(judged) if fine]
-    wanted = json.loads((stages.path(made.root, strong) / "evaluation.json").read_text())["test"]["accuracy"]
+    wanted = json.loads((specs.path(made.root, strong) / "evaluation.json").read_text())["test"]["accuracy"]
     assert set(frame[frame.teacher == "strong"].teacher_accuracy) == {wanted}
 
 
@@ -283,7 +283,7 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     small, paired, large = [[tuple(r["input_ids"]) for r in rows] for rows in seen]
     assert small == paired and len(small) == TINY.steps * TINY.batch_size
     assert len(set(small)) <= 20 < len(set(large))
-    rows, (skills,), _ = stages.read_rows(tiny_root, [{"set": "train"}], stages.data_of(configs[0]))
+    rows, (skills,), _ = stages.read_rows(tiny_root, [{"set": "train"}], specs.data_of(configs[0]))
     order = data.nested_order(skills, configs[0]["phases"][0]["seed"])
     assert set(small) == {tuple(rows[i]["input_ids"]) for i in order[:20]}
 
@@ -298,13 +298,13 @@ def test_small_budgets_may_have_targets_and_answers_of_their_own(tiny_root, tiny
     jobs.execute(root, *own[place], "accuracy")
     found = [results.read_records(root, "tiny", [results.run_id(config)])[0]["metrics"] for _, config in (shared[place], own[place])]
     assert found[1]["nll"] == pytest.approx(found[0]["nll"], rel=1e-3) and found[1]["nll"] != found[1]["untuned_nll"]
-    caches = [teachers.Cached(stages.path(root, stages.targets_of(config["phases"][0]))) for _, config in (shared[place], own[place])]
+    caches = [teachers.Cached(specs.path(root, specs.targets_of(config["phases"][0]))) for _, config in (shared[place], own[place])]
     assert [len(cache.place) for cache in caches] == [TINY.train_rows, 20] and caches[1].place.keys() < caches[0].place.keys()
     told = [costs.estimate(study.Plan(p, tuple(runs), root, True, True, 1)).loc["cache"] for p, runs in ((TINY, shared), (apart, own))]
     assert [t["count"] for t in told] == [1, 3] and told[1].response_tokens == pytest.approx(told[0].response_tokens * (200 + 2 * 20) / 200)
     labels, config = next(run for run in study.grid(apart, "teacher_strength", 0, arms=[("seq_kd", "base")]) if run[0]["budget"] == 20)
     part, = config["phases"][0]["rows"]
-    asked = stages.read_data(root, stages.data_of(config)).rows("train")
+    asked = stages.read_data(root, specs.data_of(config)).rows("train")
     chosen = data.nested_order(list(asked["skill"]), labels["seed"])[:20]
     assert list(load_from_disk(stages.make(root, part["said"]))["id"]) == [asked[i]["id"] for i in chosen]
     assert "budget" not in part, "all that was said is trained on"
@@ -496,7 +496,7 @@ def test_the_sweep_crosses_rates_methods_budgets_and_seeds(tmp_path):
                        for domain in TINY.domain["names"] for budget in TINY.domain["budgets"]}
     assert len(planned.runs) == len(combos) + len(recipes) == len(set(planned.ids))
     assert {c["evaluate"]["on"] for c in planned.configs} == {"validation", "market/validation", "clinic/validation"}
-    assert {r["world_seed"] for r, _ in planned.runs} == {stages.data_of(c)["world_seed"] for c in planned.configs} == {900}
+    assert {r["world_seed"] for r, _ in planned.runs} == {specs.data_of(c)["world_seed"] for c in planned.configs} == {900}
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
