@@ -33,7 +33,7 @@ smoke:
 
 test: $(READY)
 	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[cluster,lora,eval,serve]'
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

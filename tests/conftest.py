@@ -7,6 +7,12 @@ from tiny import TINY, plan
 from kdlib import data, lab, models, study
 
 torch.set_num_threads(1)
+SLOWEST = ("test_runner.py", "test_paper.py", "test_notebooks.py", "test_repository.py", "test_study.py", "test_own.py", "test_labels.py", "test_trainer.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that two processes end together."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(scope="session")
