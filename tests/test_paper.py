@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 
 import hub
@@ -82,6 +83,25 @@ def test_two_processes_train_as_one_does(shelf, tmp_path, monkeypatch):
     assert moved > 1e-3 and abs(together["nll"] - alone["nll"]) < 0.02 * moved
     assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-3)
     assert found[0]["provenance"]["tokens"] == found[1]["provenance"]["tokens"]
+
+
+def test_teachers_words_and_domains_take_the_same_way(shelf, tmp_path):
+    asked = {"preset": "paper", "seeds": [0, 1], "tasks": {shelf[1]: {}}, "results_dir": str(tmp_path)}
+    teachers_ = study.plan("teacher_strength", {**asked, "budgets": [16, 32]})
+    domains = study.plan("two_stage_domain", {**asked, "budgets": [16, 32], "pools": [20, 40]})
+    for plan, arm, split in ((teachers_, ("kd", "strong"), "test"), (teachers_, ("seq_kd", "strong"), "test"), (domains, ("kd_then_sft", None), "medical/test")):
+        labels, config = next(run for run in plan.runs if (run[0]["method"], run[0]["teacher"]) == arm or run[0]["method"] == arm[0] == "kd_then_sft")
+        text = re.sub(r'"steps": (30|60)\b', '"steps": 2', json.dumps(config)).replace('"batch_size": 128', '"batch_size": 8')
+        own = json.loads(text.replace('"max_new_tokens": 1024', '"max_new_tokens": 4'))
+        for task in jobs.tasks([(labels, own)], plan.root, "accuracy")[0]:
+            task()
+        record, = results.read_records(plan.root, "paper", [results.run_id(own)])
+        m, asked_of = record["metrics"], record["items"]
+        assert m["teacher_nll"] > 0 and m["train_loss"] > 0 and own["evaluate"]["on"] == split
+        if split == "test":
+            assert set(asked_of["skill"]) >= {"animals"} and 0 <= m["accuracy"] <= 1 and "teacher_accuracy" in m
+        else:
+            assert set(asked_of["correct"]) <= {0, 1} and len(asked_of["correct"]) == 60 and "general_accuracy" in m
 
 
 def test_qwen_takes_the_same_way(shelf, tmp_path):

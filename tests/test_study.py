@@ -132,6 +132,14 @@ def test_bad_domain_parameters_are_named(tmp_path, parameters, message):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_cache_that_is_not_exact_is_of_the_temperature(tmp_path):
+    for at, wanted in ((1.0, {}), (2.0, {"temperature": 2.0})):
+        made = study.plan("data_budget", {"preset": "paper", "temperature": at, "results_dir": str(tmp_path)})
+        phases = [c["phases"][0] for labels, c in made.runs if labels["method"] == "kd"]
+        assert all(p["cache"] == {"form": "top_k", "k": 64, "dtype": "float16", **wanted} for p in phases)
+        assert all(specs.targets_of(p)["cache"] == p["cache"] for p in phases)
+
+
 def test_what_a_preset_lacks(monkeypatch):
     assert all(p.lacks(e) == [] for p in PRESETS.values() for e in ARMS)
     bare = changed(SMOKE, teachers={"base": SMOKE.teachers["base"]}, domain={})
