@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
-HELD = {"cpu": 20_000}  # tokens whose keys and values are held at once, which are copied at every step; elsewhere 2**17
+HELD = {"cpu": 20_000}  # tokens whose keys and values are held at once; elsewhere 2**17
 ROWS = "sdpa_rows"  # an attention's name: torch's, which reads the rows of one sequence apart if told their lengths
 
 
