@@ -176,6 +176,7 @@ def test_the_readmes_sentences_hold_in_every_world():
     fewest = pd.concat([pd.read_csv(w / "tables" / "recipes.csv").groupby("domain").first() for w in worlds])
     strongest = pd.Series([pd.read_csv(w / "tables" / "students.csv").set_index("arm").accuracy["kd strong"] for w in worlds], index=right.index)
     across = {c["claim"]: c["verdict"] for c in results.read_claims(RESULTS / "lab") if len(c["world_seeds"]) > 1}
+    told = pd.read_csv(RESULTS / "realtext" / "tables" / "domain_teachers.csv")
     real = {c["claim"]: c["verdict"] for c in results.read_claims(RESULTS / "realtext")}
     by_arm = pd.read_csv(RESULTS / "realtext" / "tables" / "teacher_strength.csv").pivot(index="budget", columns="arm", values="gap")
     for sentence, holds in (
@@ -201,6 +202,7 @@ def test_the_readmes_sentences_hold_in_every_world():
             ("C3 is refuted in both of its domains: two stages beat the other recipes of one stage, but SFT on the annotations alone beats them.",
              all(real[f"C3 {d} − {one}"] == f"exploratory: {'refuted' if one == 'human_sft' else 'supported'}" for d in PRESETS["realtext"].domain["names"]
                  for one in ("human_sft", "human_kd", "synthetic_sft", "synthetic_kd", "mixture"))),
+            ("fewer than one in a hundred of the domain teachers' maths labels are right", (told[told.domain == "maths"].label_accuracy < 0.01).all()),
             ("words drawn from the strong teacher teach no better than the annotators' own", (by_arm["seq_kd strong"] < 0.01).all()),
             ("At the fewest annotations both recipes that begin with synthetic KD end below synthetic KD alone, in every domain of every reported world",
              all((fewest[a] < fewest.synthetic_kd).all() for a in ("kd_then_sft", "kd_then_kd")))):
