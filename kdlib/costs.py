@@ -64,19 +64,24 @@ def memory(s: pd.Series, tokens: float, response: float, how: dict, ranks: int =
 
 
 def _lengths(records: list[dict], usual=None):
-    """By a set's name tokens and response tokens of a row: the mean of its domain in ``records``, else of all, else ``usual``."""
-    seen = [[r["domain"] or "", sum(p["steps"] * p["batch_size"] for p in r["config"]["phases"]),
-             *(r["provenance"][k] for k in TABLE["seen"])] for r in records]
-    sums = pd.DataFrame(seen, columns=["domain", "rows", *TABLE["seen"]]).groupby("domain").sum()
-    means, usual = sums.div(sums.rows, axis=0), sums.sum() / sums.rows.sum() if records else pd.Series(usual)
-    return lambda name: (means.loc[d] if (d := name.rpartition("/")[0]) in means.index else usual)[TABLE["seen"]].to_numpy()
+    """By a set's name tokens and response tokens of a row: its mean in ``records``, by least squares over their mixtures, else of all, else ``usual``."""
+    mixed = [{part["set"] + "!" * ("said" in part): 0 for p in r["config"]["phases"] for part in p["rows"]} for r in records]
+    for r, counts in zip(records, mixed):
+        for p in r["config"]["phases"]:
+            for part in p["rows"]:
+                counts[part["set"] + "!" * ("said" in part)] += p["steps"] * p["batch_size"] / len(p["rows"])
+    seen = pd.DataFrame([[r["provenance"][k] for k in TABLE["seen"]] for r in records], columns=TABLE["seen"])
+    usual = seen.sum() / sum(sum(c.values()) for c in mixed) if records else pd.Series(usual)
+    rows = pd.DataFrame(mixed).fillna(0)
+    means = pd.DataFrame(np.linalg.lstsq(rows.to_numpy(), seen.to_numpy(), rcond=None)[0] if records else (), index=rows.columns, columns=TABLE["seen"])
+    return lambda name: (means.loc[name] if name in means.index else usual)[TABLE["seen"]].to_numpy()
 
 
 def _trained(spec: dict, length) -> np.ndarray:
     """Tokens, response tokens and operations of the training of a model or run."""
     total, s = np.zeros(3), shape(spec)
     for p in spec.get("phases") or [spec["pretrain"]]:
-        n, parts = p["steps"] * p["batch_size"], [length(part["set"]) for part in p.get("rows", ())]
+        n, parts = p["steps"] * p["batch_size"], [length(part["set"] + "!" * ("said" in part)) for part in p.get("rows", ())]
         t, r = n * np.mean(parts or [(p["block"], p["block"] - 1)], 0)
         dense = p.get("teacher") and p.get("cache", {"form": "hidden"})["form"] == "hidden"  # of which a step makes logits
         total += t, r, flops(s, n, t, r, p.get("training", {})) + (2 * shape(p["teacher"]).h * s.vocab * r if dense else 0)

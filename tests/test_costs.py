@@ -166,7 +166,7 @@ def test_memory_follows_its_parts():
     assert costs.memory(s, 4096, 1024, {"lora": {"r": 8}})["AdamW"] == 0 and costs.memory(s, 9**9, 9**9, {})["logits"] == 16 * 2**27
 
 
-@pytest.mark.parametrize("name, every, most", [("lab", 8, [0.015, 0.03, 0.2, 0.1]), ("realtext", 1, [0.025, 0.03, 0.2, 0.12])])
+@pytest.mark.parametrize("name, every, most", [("lab", 8, [0.015, 0.03, 0.2, 0.1]), ("realtext", 1, [0.025, 0.03, 0.2, 0.15])])
 def test_what_is_told_is_what_committed_runs_recorded(name, every, most):
     files = sorted((results.REPOSITORY / "results" / name / "runs").glob("*.json"))[::every]
     found = costs.check(records := [results.read_record(f) for f in files])
