@@ -4,6 +4,7 @@ backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and of attention o
 
 import json
 import tomllib
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -63,25 +64,35 @@ def memory(s: pd.Series, tokens: float, response: float, how: dict, ranks: int =
             "activations": kept + 8 * s.h * tokens, "logits": 16 * min(response * s.vocab, 2**27)}
 
 
+def _set(part: dict) -> str:
+    """The name of a part's rows, of a teacher's answers another than of the annotators'."""
+    return part["set"] + " said" * ("said" in part)
+
+
 def _lengths(records: list[dict], usual=None):
-    """By a set's name tokens and response tokens of a row: its mean in ``records``, by least squares over their mixtures, else of all, else ``usual``."""
-    mixed = [{part["set"] + "!" * ("said" in part): 0 for p in r["config"]["phases"] for part in p["rows"]} for r in records]
+    """By a set's name tokens and response tokens of a row: its mean in ``records``, by least squares as their runs mix sets, else that of the
+    nearest set, else of all, else ``usual``.
+    """
+    mixed = [Counter() for _ in records]
     for r, counts in zip(records, mixed):
         for p in r["config"]["phases"]:
-            for part in p["rows"]:
-                counts[part["set"] + "!" * ("said" in part)] += p["steps"] * p["batch_size"] / len(p["rows"])
+            counts.update({_set(part): p["steps"] * p["batch_size"] / len(p["rows"]) for part in p["rows"]})
     seen = pd.DataFrame([[r["provenance"][k] for k in TABLE["seen"]] for r in records], columns=TABLE["seen"])
-    usual = seen.sum() / sum(sum(c.values()) for c in mixed) if records else pd.Series(usual)
-    rows = pd.DataFrame(mixed).fillna(0)
-    means = pd.DataFrame(np.linalg.lstsq(rows.to_numpy(), seen.to_numpy(), rcond=None)[0] if records else (), index=rows.columns, columns=TABLE["seen"])
-    return lambda name: (means.loc[name] if name in means.index else usual)[TABLE["seen"]].to_numpy()
+    usual, rows = seen.sum() / sum(c.total() for c in mixed) if records else pd.Series(usual), pd.DataFrame(mixed).fillna(0)
+    means = pd.DataFrame(np.linalg.lstsq(rows, seen, rcond=None)[0] if records else (), index=rows.columns, columns=TABLE["seen"])
+
+    def length(name):
+        near = (name, f"{name} said", f"{name.rpartition('/')[0]}/train".lstrip("/"))
+        return next((means.loc[n] for n in near if n in means.index), usual)[TABLE["seen"]].to_numpy()
+
+    return length
 
 
 def _trained(spec: dict, length) -> np.ndarray:
     """Tokens, response tokens and operations of the training of a model or run."""
     total, s = np.zeros(3), shape(spec)
     for p in spec.get("phases") or [spec["pretrain"]]:
-        n, parts = p["steps"] * p["batch_size"], [length(part["set"] + "!" * ("said" in part)) for part in p.get("rows", ())]
+        n, parts = p["steps"] * p["batch_size"], [length(_set(part)) for part in p.get("rows", ())]
         t, r = n * np.mean(parts or [(p["block"], p["block"] - 1)], 0)
         dense = p.get("teacher") and p.get("cache", {"form": "hidden"})["form"] == "hidden"  # of which a step makes logits
         total += t, r, flops(s, n, t, r, p.get("training", {})) + (2 * shape(p["teacher"]).h * s.vocab * r if dense else 0)
@@ -106,6 +117,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "of" not in s}
 
     def rows_of(name):
+        name = name.removesuffix(" said")
         known = TABLE["rows"].get("/" * ("/" in name) + name.split("/")[-1], "")
         return sizes.get(name) or sizes.get(f"{name}_rows") or sizes.get(f"{name.rpartition('/')[0]}/{known}") or sizes.get(known) or p.train_rows
 
@@ -117,7 +129,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
         work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else held
         reads = [(w, spec, name, None) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
         if work in ("by", "cache"):
-            reads = [(work, spec.get("teacher", spec.get("by")), part["set"], part.get("only", part).get("budget")) for part in spec.get("rows", [spec])]
+            reads = [(work, spec.get("teacher", spec.get("by")), _set(part), part.get("only", part).get("budget")) for part in spec.get("rows", [spec])]
         elif work != "hub":
             table[work][1:4] += _trained(spec, length)
         if work == "evaluate" and (teacher := specs.teacher_of(spec)) and (once := json.dumps([teacher, on])) not in asked:
@@ -131,7 +143,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
             table[w] += w in ("scores", "replies"), n * t, n * r, flops(s, n, n * t, n * r), kept, kept + 16 * n * t * (w == "by")
     out = pd.DataFrame.from_dict(table, "index", columns=["count", *TABLE["seen"], "flops", "cache_bytes", "disk_bytes"])
     out.attrs = {"rows": f"means of {len(records)} records" if records else "typical" if typical else "max_length, an upper bound",
-                 "row": np.max([length(part["set"]) for c in plan.configs for f in c["phases"] for part in f["rows"]], 0).tolist(),
+                 "row": np.max([length(_set(part)) for c in plan.configs for f in c["phases"] for part in f["rows"]], 0).tolist(),
                  "rate": check(records).attrs["rate"] if records else None}
     return out
 
@@ -178,8 +190,8 @@ def report(plan, ranks: int | None = None) -> None:
 
 
 def check(records: list[dict]) -> pd.DataFrame:
-    """How far off the formulas are for measured runs. Mean rows, one rate of operations (``attrs``), the memory of a process alone
-    are from every second record, relative errors (``bias``: the median, ``error``: the median size, ``worst``) of the others.
+    """How far off the formulas are for measured runs. Mean rows, one rate of operations (``attrs``), by experiment the memory
+    that its processes have anyway, are from every second record, relative errors (``bias``: the median, ``error``: the median size, ``worst``) of the others.
     """
     what, records, found = [*TABLE["seen"], "train_s", "peak_memory_mib"], sorted(records, key=lambda r: r["run_id"]), []
     length = _lengths(records[::2])
@@ -190,7 +202,8 @@ def check(records: list[dict]) -> pd.DataFrame:
         found.append([*done, sum(held.values()) / 2**20])
     guess, real = (pd.DataFrame(rows, columns=what) for rows in (found, [[r["provenance"][k] for k in what] for r in records]))
     guess.train_s /= (rate := (guess / real).train_s[::2].median())
-    guess.peak_memory_mib += (real - guess).peak_memory_mib[::2].median()
+    anyway, which = (real - guess).peak_memory_mib, pd.Series([r["experiment"] for r in records])
+    guess.peak_memory_mib += which.map(anyway[::2].groupby(which).median()).fillna(anyway[::2].median())
     off, table = (guess / real - 1)[1::2], {"measured": real[1::2].median(), "predicted": guess[1::2].median()}
     out = pd.DataFrame({**table, "bias": off.median(), "error": off.abs().median(), "worst": off.abs().max()})
     out.attrs["rate"] = float(rate)
