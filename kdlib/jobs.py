@@ -24,7 +24,7 @@ def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | No
             results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config, METRICS[metric], keep)})
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _scores_of(root: Path, teacher: str, split: str) -> dict[str, torch.Tensor]:
     """What a teacher, a specification in JSON, says of a held-out set, token by token, read once for all the runs of a process."""
     known = stages.read_data(root, data_of(spec := json.loads(teacher)))

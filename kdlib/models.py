@@ -102,6 +102,8 @@ def _reach(make, name: str | Path, revision: str | None, trust: tuple, **how):
     """``make.from_pretrained``; what goes wrong as one sentence with the remedy. Names in ``trust`` may run code and unpickle weights."""
     try:
         return make.from_pretrained(_local(name), revision=revision or "main", trust_remote_code=_trusted(name, trust), **how)
+    except torch.OutOfMemoryError:  # no fault of the files
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         said, here = str(error).strip(), Path(_local(name)).is_dir()
         remedy = next((say for marks, say in REMEDIES if any(m in said.replace(str(name), "") for m in marks)), REMEDIES[-2 if here else -1][1]).format(name=name)

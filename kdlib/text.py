@@ -184,9 +184,9 @@ def conversations(source: dict, num_proc: int | None = None) -> tuple[Dataset, d
     if len(set(ids := list(rows["id"]))) < len(ids):
         times, given = Counter(), set()
         for place, i in enumerate(ids):
-            while ids[place] in given or (ids[place] == i and times[i]):
-                ids[place] = f"{i}#{times.update([i]) or times[i]}"
-            times[i] = max(times[i], 1)
+            while ids[place] in given:
+                times[i] += 1
+                ids[place] = f"{i}#{times[i] + 1}"
             given.add(ids[place])
         rows = rows.remove_columns("id").add_column("id", ids)
     rows._fingerprint = digest([name, report, len(rows), int(prompt.sum())])  # of what was read, not of this code
@@ -210,9 +210,10 @@ def split(train: dict, test: dict, *, validation_rows: int, test_rows: int) -> t
                          f"{len(tests)} are left to test and {len(checks)} to validate (test_rows={test_rows}, validation_rows={validation_rows}); "
                          "allowed: 20 or more with beginnings of their own.")
     report["held_out_prompts_dropped"] = len(rows) - len(free)
-    own = ~np.isin(prompts[rest], prompts[checks]) & ~np.isin(firsts[rest], firsts[checks])
-    report |= {"validation_prompts_dropped": dropped} if (dropped := int((~own).sum())) else {}
-    return {"train": rows.select(rest[own]), "validation": rows.select(checks), "test": tests}, report
+    kept = rest[~np.isin(prompts[rest], prompts[checks]) & ~np.isin(firsts[rest], firsts[checks])]
+    if dropped := len(rest) - len(kept):
+        report["validation_prompts_dropped"] = dropped
+    return {"train": rows.select(kept), "validation": rows.select(checks), "test": tests}, report
 
 
 def corpus(world_seed: int, *, train: dict, test: dict, pretrain: dict | None = None, domains: dict | None = None, **sizes) -> Corpus:
