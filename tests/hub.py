@@ -71,7 +71,7 @@ def build_data(root: Path, rows: int = 400) -> Path:
     write_rows(root / "tulu-3-sft-mixture" / "part-0.jsonl", mixture[:rows // 2])
     write_rows(root / "tulu-3-sft-mixture" / "part-1.jsonl", [*mixture[rows // 2:], mixture[0], {"id": "empty", "source": "source-0", "messages": [
         {"role": "user", "content": "nothing"}, {"role": "assistant", "content": " "}]}])
-    for name, count in (("train", 300), ("test", 60)):
+    for name, count in (("train", 120), ("test", 24)):
         write_rows(root / f"medical_pubmedqa_{name}.jsonl", [{"id": f"{name}-{i}", "source": "pubmedqa", "messages": [
             {"role": "user", "content": f"{name} {sentence(rng, 8)} ?"},
             {"role": "assistant", "content": f"{sentence(rng, 4)}\n\nAnswer: {rng.choice(['yes', 'no', 'maybe'])}"}]} for i in range(count)])
