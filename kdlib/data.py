@@ -43,9 +43,11 @@ def stretches(labels: list[int]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(labels)]))
 
 
-def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]] | None:
-    """Fit a row into ``max_length`` tokens by cutting the middles of its prompt stretches, the longest first; None if that is not enough."""
-    while (excess := len(ids) - max_length) > 0:
+def shorten_prompt(ids: list[int], labels: list[int], prompt_length: int) -> tuple[list[int], list[int]] | None:
+    """Leave a row ``prompt_length`` tokens outside the loss, by cutting the middles of its prompt stretches, the longest first; None if that is
+    not enough. What is cut does not depend on the answer, whose length a prompt would tell otherwise.
+    """
+    while (excess := labels.count(IGNORE) - prompt_length) > 0:
         prompts = [s for s in stretches(labels) if labels[s[0]] == IGNORE]
         start, end = max(prompts, key=lambda s: s[1] - s[0], default=(0, 0))
         keep = max(8, end - start - excess)  # of it, the head for the role and the instruction, and the tail for the turn's end
@@ -61,12 +63,13 @@ def processes(rows: int) -> int | None:
     return min(os.cpu_count(), rows // 20_000) if rows > 40_000 else None
 
 
-def _fit(messages: list[dict], i: int, tokenizer, max_length: int, drop: bool) -> dict:
+def _fit(messages: list[dict], i: int, tokenizer, max_length: int, prompt_length: int, drop: bool) -> dict:
     try:
         full, labels = encode(messages, tokenizer)
     except TemplateError as error:
         raise ValueError(f"The chat template refuses row {i}, whose turns are of {', '.join(m['role'] for m in messages)}: {error}.") from error
-    if (fitted := shorten_prompt(full, labels, max_length)) is None and not drop:
+    fitted = shorten_prompt(full, labels, prompt_length)
+    if (fitted := fitted if fitted and len(fitted[0]) <= max_length else None) is None and not drop:
         raise ValueError(f"max_length={max_length} would cut the answer of row {i}, which has {len(full)} tokens, "
                          f"{sum(t != IGNORE for t in labels)} of them answer; allowed: more, or drop=True to leave it out.")
     ids, kept = fitted or ([], [])
@@ -74,11 +77,13 @@ def _fit(messages: list[dict], i: int, tokenizer, max_length: int, drop: bool) -
             "lost": sum(t != IGNORE for t in labels) - sum(t != IGNORE for t in kept)}
 
 
-def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False, num_proc: int | None = None) -> tuple[Dataset, dict]:
-    """Add ``input_ids`` and ``labels``, prompts shortened to fit; also counts. An answer too long is a ValueError, or with ``drop`` left out.
-    Many rows are worked on by ``num_proc`` processes, by default one a core, and lie in files, not in memory.
+def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False, num_proc: int | None = None,
+           prompt_length: int | None = None) -> tuple[Dataset, dict]:
+    """Add ``input_ids`` and ``labels``, prompts shortened to ``prompt_length`` tokens (None: half of ``max_length``); also counts. A row that is
+    still longer than ``max_length``, for its answer is never cut, is a ValueError, or with ``drop`` left out. Many rows are worked on by
+    ``num_proc`` processes, by default one a core, and lie in files, not in memory.
     """
-    how = {"tokenizer": tokenizer, "max_length": max_length, "drop": drop}
+    how = {"tokenizer": tokenizer, "max_length": max_length, "prompt_length": prompt_length or max_length // 2, "drop": drop}
     if num_proc := num_proc or processes(len(dataset)):
         done = dataset.select_columns("messages").map(_fit, with_indices=True, input_columns="messages", fn_kwargs=how, num_proc=num_proc,
                                                       remove_columns="messages", load_from_cache_file=False)

@@ -75,7 +75,7 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
         source["local"] = dataset
     source = dataset if isinstance(dataset, dict) else source
     preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
-                    train_rows=10**9, max_length=max_length, max_new_tokens=128, vocab_size=0, batch_size=batch_size, seeds=seeds,
+                    train_rows=10**9, max_length=max_length, max_new_tokens=min(128, max_length // 2), vocab_size=0, batch_size=batch_size, seeds=seeds,
                     bases={"student": {"hub": student, "revision": _stamp(student)}},
                     teachers={"base": {"hub": teacher, "revision": _stamp(teacher)}},
                     tokenizer={"name": student, "revision": _stamp(student), "template": template}, domain={}, worlds=[0], metric=metric.name,

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
@@ -60,22 +61,29 @@ def tokenizer_of(spec: dict, corpus: data.Corpus):
     return models.build_tokenizer(corpus.vocabulary, corpus.pretrain() if corpus.vocabulary is None else (), spec["vocab_size"])
 
 
+def room(spec: dict) -> dict:
+    """How :func:`kdlib.data.render` fits rows of the data that ``spec`` fixes: the tokens of a reply are kept free, whatever an answer takes."""
+    return {"max_length": spec["max_length"], "prompt_length": spec["max_length"] - spec["max_new_tokens"], "drop": True}
+
+
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
     corpus = corpus_of(spec)
     tokenizer = tokenizer_of(spec, corpus)
     tokenizer.save_pretrained(folder / "tokenizer")
-    report = {"loading": corpus.report}
+    report, render = {"loading": corpus.report}, partial(data.render, tokenizer=tokenizer, **room(spec))
     for name, rows in corpus.sets.items():
-        rendered, report[name] = data.render(rows, tokenizer, spec["max_length"], drop=True)
+        rendered, report[name] = render(rows)
         if name == "train":
             report[name]["rows_not_used"] = max(0, len(rendered) - spec["train_rows"])
             rendered = rendered.select(range(min(len(rendered), spec["train_rows"])))
         elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
-            clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"], drop=True)
+            clean, _ = render(Dataset.from_dict({"messages": spoken}))
             clean.save_to_disk(folder / "clean" / name)
         report[name]["distinct_prompts"] = len({hash(json.dumps(m[:-1])) for m in rendered["messages"]})
-        report[name] |= data.lengths(rendered) if corpus.report else {}  # what is drawn has no long rows
+        if corpus.report:  # what is drawn has no long rows, and answers of its own
+            ends = Counter(answer for answer in rendered["answer"] if answer is not None)
+            report[name] |= data.lengths(rendered) | ({"commonest_answer": round(max(ends.values()) / ends.total(), 4)} if ends else {})
         rendered.save_to_disk(folder / "sets" / name)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -200,10 +208,13 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
         said = label(folder / "said", rows.remove_columns(["input_ids", "labels"]), base_url=server, model=by["hub"], **how)
     else:
-        said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how)
+        said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how, finish_reason=spec.get("open", False))
     if known.verify:
         said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
-    data.render(said, known.tokenizer, data_of(by)["max_length"], drop=True)[0].save_to_disk(folder)
+    rendered, _ = data.render(said, known.tokenizer, **room(data_of(by)))
+    if spec.get("open"):  # what was cut off does not end there
+        rendered = rendered.map(lambda row: {"labels": [*row["labels"][:-1], data.IGNORE]} if row["finish_reason"] == "length" else {})
+    rendered.save_to_disk(folder)
     shutil.rmtree(folder / "said")
 
 

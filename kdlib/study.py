@@ -11,7 +11,7 @@ from kdlib import results, runner, store
 from kdlib.presets import ARMS, KINDS, METHODS, OPTIONAL, PRESETS, RECIPES, Preset, check
 from kdlib.specs import EXACT
 
-SPEC_VERSION = {"lab": 5, "text": 4}  # raised whenever a change of the code changes what a configuration computes
+SPEC_VERSION = {"lab": 5, "text": 5}  # raised whenever a change of the code changes what a configuration computes
 SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "dry_run", "workers")
 PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "tasks", "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "domains", "pools")}
 

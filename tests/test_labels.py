@@ -106,7 +106,7 @@ def lines(folder):
 def test_the_answers_are_the_models_own_and_an_unfinished_file_is_gone_on_with(served, tmp_path, capsys):
     how, model, tokenizer = served
     whole = label(tmp_path, Dataset.from_list(ANSWERED), **how, top_logprobs=2)
-    own = evaluate.replies(model, tokenizer, [r["messages"] for r in ASKED], 6)
+    own = evaluate.replies(model, tokenizer, [r["messages"] for r in ASKED], 6)[0]
     assert said(whole) == own and len(set(own)) > 6
     assert [{**r, "messages": r["messages"][:-1]} for r in whole.select_columns(["id", "skill", "messages"])] == ASKED
     assert whole["logprobs"][:] == [None] * 12 and set(whole["finish_reason"]) <= {"length", "stop"}
