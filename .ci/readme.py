@@ -15,7 +15,7 @@ NAMES = {"trl": "TRL's GKD trainer", "trl tokenized": "the same, tokenized befor
 
 
 WHOLE = {"C2": "KD from the strong teacher at the largest budget: the weaker of C2a and C2b",
-         "C3": "{} in the {}, {}: the weakest"}
+         "C3": "{} in the {} domain, {}: the weakest"}
 STAGES = ("KD on synthetic then SFT on human data", "each recipe of one stage")
 TOPICS = {"C1a": "KD leads where data are few", "C1b": "its lead fades with more", "C2": "a stronger teacher restores it", "C3": "two stages win in domains"}
 

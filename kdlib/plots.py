@@ -52,14 +52,21 @@ def _names(ax, ends: list[tuple]) -> None:
 
 
 def score_vs_budget(frame: pd.DataFrame, metric: Metric, by: str = "method", x: str = "budget", label: str = "training examples (log scale)"):
-    """Score against ``x``, one line for each value of ``by``; dotted lines for the untuned student and for a teacher that all share."""
+    """Score against ``x``, one line for each value of ``by``; dotted lines for the untuned student and for a teacher that all share, or where
+    they are far off their values with an arrow.
+    """
     fig, ax = axes()
     table, ends = lines(ax, frame, metric.name, by, x, label, STYLE)
+    middle, spread = (frame[metric.name].max() + frame[metric.name].min()) / 2, frame[metric.name].max() - frame[metric.name].min()
     for column, name in (("untuned", "untuned student"), ("teacher", "teacher")):
         if len(values := frame.get(f"{column}_{metric.name}", pd.Series(dtype=float)).dropna().unique()) == 1:
-            ax.axhline(values[0], color="0.5", linewidth=1, linestyle=":")
-            ends.append((values[0], {"label": name, "color": "0.4", "linestyle": ":"}))
-            table[column] = values[0]
+            table[column] = value = values[0]
+            if abs(value - middle) > spread:  # it would leave the lines half of the figure or less
+                above = value > middle
+                ax.annotate(f"{name}: {value:.3g} {'↑' if above else '↓'}", (0.01, 0.97 if above else 0.03), xycoords="axes fraction", va="center", color="0.4", fontsize=9)
+                continue
+            ax.axhline(value, color="0.5", linewidth=1, linestyle=":")
+            ends.append((value, {"label": name, "color": "0.4", "linestyle": ":"}))
     _names(ax, ends)
     ax.set_ylabel(metric.label + ("" if metric.higher_is_better else "\n(lower is better)"))
     ax.set_title(f"{metric.label[0].upper()}{metric.label[1:]}:\nmean, 95% interval, {frame.seed.nunique()} seeds (dots)", fontsize=10, loc="left")

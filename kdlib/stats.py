@@ -129,7 +129,7 @@ def domain_claims(frame: pd.DataFrame, metric: Metric) -> list[dict]:
         by_seed = {f"C3 {domain} − {one}": g.groupby("seed").gap.mean() for one, g in gaps.items()}
         levels = holm_levels(by_seed)
         for (name, values), (one, g) in zip(by_seed.items(), gaps.items()):
-            contrast = f"{lead(metric, 'kd_then_sft', one, f' in the {domain}')}, mean over budgets"
+            contrast = f"{lead(metric, 'kd_then_sft', one, f' in the {domain} domain')}, mean over budgets"
             claims.append(claim(name, contrast, values, metric.delta, g, runs, levels[name]))
     return claims
 

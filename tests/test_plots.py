@@ -88,11 +88,13 @@ def test_gap_figure_draws_the_gap_table_and_a_zero_line(metric):
 
 
 def test_reference_lines_are_the_teacher_and_the_untuned_student():
-    data = frame().assign(untuned_accuracy=0.05, teacher_accuracy=0.9)
-    fig, plotted = plots.score_vs_budget(data, ACC)
-    assert set(plotted.untuned) == {0.05} and set(plotted.teacher) == {0.9}
-    assert {0.05, 0.9} <= {line.get_ydata()[0] for line in fig.axes[0].lines if len(set(line.get_ydata())) == 1}
-    assert {"teacher", "untuned student"} <= set(texts(fig))
+    low, high = frame().accuracy.agg(["min", "max"])
+    for untuned, teacher, words in ((low - 0.4 * (high - low), high, {"teacher", "untuned student"}), (low, high + 2, {f"teacher: {high + 2:.3g} ↑", "untuned student"}),
+                                    (low - 2, high, {"teacher", f"untuned student: {low - 2:.3g} ↓"})):
+        fig, plotted = plots.score_vs_budget(frame().assign(untuned_accuracy=untuned, teacher_accuracy=teacher), ACC)
+        assert set(plotted.untuned) == {untuned} and set(plotted.teacher) == {teacher} and words <= set(texts(fig))
+        level = {line.get_ydata()[0] for line in fig.axes[0].lines if len(set(line.get_ydata())) == 1}
+        assert {v for v in (untuned, teacher) if low - 1 < v < high + 1} == {untuned, teacher} & level
 
 
 @pytest.mark.parametrize("metric", [ACC, BPB])

@@ -113,7 +113,7 @@ def test_readme_table_is_made_from_the_claims(tmp_path):
     one, other, both = (f"supported<br>+0.{n}000 [+0.0500, +0.1500]" for n in (1, 3, 2))
     assert f"| C1a | a contrast | {one} | {other} | {both} |" in text
     whole, = [line for line in text.splitlines() if line.startswith("| C3")]
-    assert whole.startswith("| C3 clinic | accuracy in the clinic, ") and "| supported<br>− mixture: +0.1000 [+0.0500, +0.1500] |  |  |" in whole
+    assert whole.startswith("| C3 clinic | accuracy in the clinic domain, ") and "| supported<br>− mixture: +0.1000 [+0.0500, +0.1500] |  |  |" in whole
     assert generated_readme(text, tmp_path) == text
 
 

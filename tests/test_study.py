@@ -123,7 +123,7 @@ def test_recipes_of_a_domain_are_paired_and_train_as_many_steps(name):
 
 
 @pytest.mark.parametrize("parameters, message", [
-    ({"domains": ["bank"]}, r"domains=\['bank'\] is not allowed; allowed: a list of market, clinic"),
+    ({"domains": ["bank"]}, r"domains=\['bank'\] is not allowed; allowed: a list of market"),
     ({"budgets": [10, 201]}, "budgets=.* from 1 to 200"), ({"pools": [10, 401]}, r"pools=.* from 1 to 400, the prompts of a pool"),
     ({"pools": [100]}, "at least two different")])
 def test_bad_domain_parameters_are_named(tmp_path, parameters, message):
@@ -503,7 +503,7 @@ def test_the_sweep_crosses_rates_methods_budgets_and_seeds(tmp_path):
     assert recipes == {(rate, recipe, domain, budget, 100) for recipe, _ in ARMS["two_stage_domain"] for rate in rates[len(RECIPES[recipe])]
                        for domain in TINY.domain["names"] for budget in TINY.domain["budgets"]}
     assert len(planned.runs) == len(combos) + len(recipes) == len(set(planned.ids))
-    assert {c["evaluate"]["on"] for c in planned.configs} == {"validation", "market/validation", "clinic/validation"}
+    assert {c["evaluate"]["on"] for c in planned.configs} == {"validation", "market/validation"}
     assert {r["world_seed"] for r, _ in planned.runs} == {specs.data_of(c)["world_seed"] for c in planned.configs} == {900}
 
 
