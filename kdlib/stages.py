@@ -211,11 +211,19 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
         said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how, finish_reason=spec.get("open", False))
     if known.verify:
         said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
-    rendered, _ = data.render(said, known.tokenizer, **room(data_of(by)))
-    if spec.get("open"):  # what was cut off does not end there
-        rendered = rendered.map(lambda row: {"labels": [*row["labels"][:-1], data.IGNORE]} if row["finish_reason"] == "length" else {})
+    fit = room(data_of(by))
+    rendered, _ = data.render(said, known.tokenizer, **fit | ({"max_length": 10**9} if spec.get("open") else {}))
+    if spec.get("open"):
+        rendered = rendered.map(_left_open, fn_kwargs={"max_length": fit["max_length"]})
     rendered.save_to_disk(folder)
     shutil.rmtree(folder / "said")
+
+
+def _left_open(row: dict, max_length: int) -> dict:
+    """A row without the end of an answer that was cut off; read again, its words may be more tokens than they were said in."""
+    last = max(i for i, label in enumerate(row["labels"]) if label != data.IGNORE)
+    end = min(max_length, last if row["finish_reason"] == "length" else len(row["labels"]))
+    return {k: row[k][:end] for k in ("input_ids", "labels")}
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:

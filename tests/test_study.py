@@ -183,6 +183,15 @@ def test_lab_and_realtext_are_as_large_as_promised():
     lab, real = PRESETS["lab"], PRESETS["realtext"]
     assert len(lab.budgets) >= 6 and len(lab.seeds) >= 5 and len(real.budgets) >= 4 and len(real.seeds) >= 3
     assert not set(lab.sweep["worlds"]) & set(lab.worlds) and not set(real.sweep["seeds"]) & set(real.seeds)
+    gpu, words = PRESETS["realtext-gpu"], models.build_tokenizer([str(i) for i in range(PRESETS["realtext-gpu"].vocab_size)])
+    assert models.build_model(gpu.model("student"), words, 0).num_parameters() >= 30e6 and min(len(gpu.seeds), len(gpu.domain["seeds"])) >= 5
+    for sized in (lab, real, gpu):
+        assert max(sized.budgets) <= sized.steps * sized.batch_size, "a budget is seen once at least"
+        assert max(sized.domain["budgets"]) <= sized.domain["steps"] // 2 * sized.batch_size, "as are a domain's annotations, in half of the steps"
+    for sized in (real, gpu):
+        assert max(sized.domain["pools"]) <= sized.domain["steps"] // 2 * sized.batch_size, "and its pool"
+        assert sized.source["domains"]["maths"]["unlabelled_rows"] == sized.domain["pool_rows"]
+    assert max(max(rates.values()) for rates in gpu.learning_rate.values()) <= gpu.bases["student"]["learning_rate"], "small models bear higher rates"
 
 
 def test_records_hold_what_the_dictionary_says(tiny_records):
@@ -435,7 +444,7 @@ def text_preset(monkeypatch, folder):
     tuning = {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}
     return changed(
         real, source={**real.source, "validation_rows": 10, "test_rows": 25, "domains": domains}, train_rows=140, max_length=64, vocab_size=400,
-        max_new_tokens=6, bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
+        max_new_tokens=24, bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
         teachers={name: {**t, "tuning": tuning} for name, t in real.teachers.items()},
         domain={**real.domain, "rows": 30, "pool_rows": 30, "budgets": [10, 20], "pools": [10, 20], "seeds": [0, 1], "steps": 4})
 
@@ -448,6 +457,13 @@ def test_human_text_has_teachers_and_domains_too(tmp_path, monkeypatch, experime
     assert len(records) == len(runs) > 0
     if experiment == "teacher_strength":
         assert {r["teacher"] for r in records} == {None, "weak", "base", "strong"} and all(r["metrics"]["accuracy"] is None for r in records)
+        words = next(r["config"] for r in records if r["method"] == "seq_kd")["phases"][0]["rows"][0]["said"]
+        answers, end = load_from_disk(stages.make(store.open_folder(tmp_path / "r"), words)), stages.read_data(tmp_path / "r", specs.data_of(words["by"])).tokenizer.eos_token_id
+        assert {"stop", "length"} == set(answers["finish_reason"])
+        assert len(answers) == preset.train_rows and max(map(len, answers["input_ids"])) == preset.max_length
+        for row in answers:
+            assert row["finish_reason"] == "length" or len(row["input_ids"]) == preset.max_length or row["labels"][-1] == end
+            assert row["finish_reason"] == "stop" or end not in row["labels"], "what is cut off has no end"
         return
     for r in records:
         m, asked = r["metrics"], r["items"]["correct"]
