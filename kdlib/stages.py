@@ -84,7 +84,7 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
         if corpus.report:  # what is drawn has no long rows, and answers of its own
             ends = Counter(answer for answer in rendered["answer"] if answer is not None)
             report[name] |= data.lengths(rendered) | ({"commonest_answer": round(max(ends.values()) / ends.total(), 4)} if ends else {})
-        rendered.save_to_disk(folder / "sets" / name)
+        rendered.save_to_disk(folder / "sets" / name, num_proc=data.processes(len(rendered)))
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

@@ -182,7 +182,7 @@ def test_other_columns_become_the_same_messages(row):
 
 
 def test_the_hubs_columns_of_the_domains_become_what_the_local_copies_hold():
-    maths, medical = (DOMAINS[name]["train"] for name in ("maths", "medical"))
+    maths, medical = DOMAINS["maths"]["train"], PRESETS["paper"].source["domains"]["medical"]["train"]
     row = {"question": "How many?", "answer": "He has 48/2 = <<48/2=24>>24.\n#### 24"}
     asked, said = (m["content"] for m in text.to_messages(row, source=maths))
     assert asked.startswith("How many?\n\nSolve the problem step by step") and said == "He has 48/2 = 24.\n\nAnswer: 24"
@@ -190,6 +190,9 @@ def test_the_hubs_columns_of_the_domains_become_what_the_local_copies_hold():
            "long_answer": "It helps.", "final_decision": "yes"}
     asked, said = (m["content"] for m in text.to_messages(row, source=medical))
     assert asked.startswith("Background: It did.\nResults: Much.\n\nQuestion: Does it help?\n\nAnswer from the abstract above")
+    for known in (row, {"messages": text.to_messages(row, source=medical)}):  # the hub's row, and a copy that holds the whole prompt
+        alone, same = (m["content"] for m in text.to_messages(known, source=DOMAINS["medical"]["train"]))
+        assert alone.startswith("Does it help?\n\ngive a short conclusion, then end with") and same == said, "the question without the abstract"
     assert said == "It helps.\n\nAnswer: yes" and text.verifier(0)({"answer": "yes"}, "So it is.\n\nAnswer: yes.\n") is True
     assert text.verifier(0)({"answer": "yes"}, "Answer: no") is False and text.verifier(0)({"answer": None}, "Answer: no") is None
 
