@@ -7,7 +7,7 @@ from tiny import TINY, plan
 from kdlib import data, lab, models, study
 
 torch.set_num_threads(1)
-SLOWEST = ("test_notebooks.py", "test_paper.py", "test_repository.py", "test_runner.py", "test_study.py", "test_own.py", "test_labels.py", "test_trainer.py")
+SLOWEST = ("test_notebooks.py", "test_repository.py", "test_paper.py", "test_study.py", "test_runner.py", "test_trainer.py", "06_your_own_models.ipynb", "test_own.py", "test_labels.py")
 
 
 def pytest_collection_modifyitems(items):

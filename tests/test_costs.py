@@ -249,7 +249,7 @@ def test_a_launch_configuration_that_cannot_be_read_is_named(tmp_path, monkeypat
 def test_data_take_disk_and_a_teacher_reads_held_out_rows_once(tmp_path):
     plan = study.plan("data_budget", {"preset": "smoke", "results_dir": str(tmp_path)})
     table, p = costs.estimate(plan), plan.preset
-    rows = p.train_rows + 2 * p.source["test_rows"] + 2 * (p.source["annotated_rows"] + p.source["unlabelled_rows"] + 2 * p.source["domain_rows"])
+    rows = p.train_rows + 2 * p.source["test_rows"] + len(p.domain["names"]) * (p.source["annotated_rows"] + p.source["unlabelled_rows"] + 2 * p.source["domain_rows"])
     assert table.disk_bytes["source"] == 16 * p.max_length * rows
     more = costs.estimate(study.plan("data_budget", {"preset": "smoke", "results_dir": str(tmp_path), "seeds": [0, 1, 2, 3]}))
     runs = more["count"]["evaluate"] - table["count"]["evaluate"]
