@@ -215,6 +215,16 @@ def plans(root: Path) -> str:
     return markdown(["runs of", "quantity", "median error", "largest"], rows)
 
 
+def loader(root: Path) -> str:
+    """Time and memory of loading chat data at Tulu 3's size."""
+    rows = []
+    for path in sorted(root.glob("bench/*-loader.json")):
+        for case, row in json.loads(path.read_text(encoding="utf-8"))["found"].items():
+            rows.append([case, f"{row['budgeted']:,}", f"{row['seconds'] / 60:.1f} min", f"{row['rows_per_s']:,.0f}", f"{row['own_peak_mib'] / 1024:.1f} GiB",
+                         f"{row['peak_mib'] / 1024:.1f} GiB"])
+    return markdown(["rows of a file, processor cores", "rows left to train on", "time", "rows a second", "memory", "with mapped files"], rows)
+
+
 def losses(root: Path) -> str:
     """Peak memory of the loss."""
     rows = []
@@ -228,7 +238,7 @@ def losses(root: Path) -> str:
 
 
 BLOCKS = {"together": together, "claims": claims, "seeds": seeds, "found": found, "skills": skills, "teachers": teachers, "recipes": recipes, "costs": costs, "engine": engine,
-          "caches": caches, "batching": batching, "losses": losses, "plans": plans}
+          "caches": caches, "batching": batching, "losses": losses, "plans": plans, "loader": loader}
 
 
 def generated(text: str, root: Path) -> str:

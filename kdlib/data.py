@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from datasets import Dataset, Features, List, Value, disable_progress_bars
 from jinja2 import TemplateError
 from transformers.utils import logging
 
@@ -57,8 +57,9 @@ def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[
 
 
 def processes(rows: int) -> int | None:
-    """How many processes are worth starting for so many rows; None for none beside this one."""
-    return min(os.cpu_count(), rows // 20_000) if rows > 40_000 else None
+    """How many processes are worth starting for so many rows, on the cores that this one may use; None for none beside it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, rows // 20_000, 16) if rows > 40_000 and cores > 1 else None  # each holds a tokenizer of its own
 
 
 def _fit(messages: list[dict], i: int, tokenizer, max_length: int, drop: bool) -> dict:
@@ -78,20 +79,22 @@ def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False, num
     """Add ``input_ids`` and ``labels``, prompts shortened to fit; also counts. An answer too long is a ValueError, or with ``drop`` left out.
     Many rows are worked on by ``num_proc`` processes, by default one a core, and lie in files, not in memory.
     """
-    how = {"tokenizer": tokenizer, "max_length": max_length, "drop": drop}
-    if num_proc := num_proc or processes(len(dataset)):
-        done = dataset.select_columns("messages").map(_fit, with_indices=True, input_columns="messages", fn_kwargs=how, num_proc=num_proc,
-                                                      remove_columns="messages", load_from_cache_file=False)
+    how, counts = {"tokenizer": tokenizer, "max_length": max_length, "drop": drop}, ("cut", "said", "lost")
+    if many := num_proc or len(dataset) > 40_000:
+        short = {**dict.fromkeys(("input_ids", "labels"), List(Value("int32"))), **dict.fromkeys(counts, Value("int32"))}
+        done = dataset.map(_fit, with_indices=True, input_columns="messages", fn_kwargs=how, num_proc=num_proc or processes(len(dataset)),
+                           features=Features({**dataset.features, **short}), load_from_cache_file=False)
+        cut, said, lost = (done.with_format("numpy")[k][:] for k in counts)
     else:
         done = [_fit(messages, i, **how) for i, messages in enumerate(dataset["messages"])]
-        done = {k: [row[k] for row in done] for k in ("input_ids", "labels", "cut", "said", "lost")}
-    cut, said, lost = (np.array(done[k], dtype=int) for k in ("cut", "said", "lost"))
+        done = {k: [row[k] for row in done] for k in ("input_ids", "labels", *counts)}
+        cut, said, lost = (np.array(done[k], dtype=int) for k in counts)
     kept = np.flatnonzero(said > 0).tolist()
     report = {"prompts_shortened": int((cut[kept] > 0).sum()), "prompt_tokens_cut": int(cut[kept].sum()), "answer_tokens_cut":
               int(lost[kept].sum()), "rows_dropped": len(dataset) - len(kept), "response_tokens": int(said.sum()), "rows": len(dataset)}
+    if many:
+        return done.remove_columns(list(counts)).select(kept), report
     rows = dataset.select(kept)
-    if num_proc:
-        return concatenate_datasets([rows, done.select(kept).select_columns(["input_ids", "labels"])], axis=1), report
     for name in ("input_ids", "labels"):
         rows = rows.add_column(name, [done[name][i] for i in kept])
     return rows, report
@@ -99,10 +102,13 @@ def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False, num
 
 def lengths(rendered: Dataset) -> dict:
     """Tokens of a rendered row, as quantiles, and the share of all tokens that are in the loss."""
-    sizes, said = (np.array([n(row) for row in rendered[name]]) for name, n in (("input_ids", len), ("labels", lambda ls: sum(t != IGNORE for t in ls))))
+    sizes, said = np.zeros(0, dtype=int), 0
+    for part in rendered.select_columns("labels").with_format("arrow").iter(10_000):
+        labels = part["labels"].combine_chunks()
+        sizes, said = np.append(sizes, labels.value_lengths().to_numpy()), said + int((labels.flatten().to_numpy() != IGNORE).sum())
     middle, high = np.percentile(sizes, [50, 95]) if len(sizes) else (0, 0)
     return {"tokens": int(sizes.sum()), "tokens_median": int(middle), "tokens_p95": int(high), "tokens_most": int(sizes.max(initial=0)),
-            "response_share": round(float(said.sum() / max(1, sizes.sum())), 4)}
+            "response_share": round(float(said / max(1, sizes.sum())), 4)}
 
 
 def pack(texts: list[str], tokenizer, block: int, max_tokens: int | None = None) -> Dataset:

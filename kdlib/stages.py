@@ -76,7 +76,7 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
             clean.save_to_disk(folder / "clean" / name)
         report[name]["distinct_prompts"] = len({hash(json.dumps(m[:-1])) for m in rendered["messages"]})
         report[name] |= data.lengths(rendered) if corpus.report else {}  # what is drawn has no long rows
-        rendered.save_to_disk(folder / "sets" / name)
+        rendered.save_to_disk(folder / "sets" / name, num_proc=data.processes(len(rendered)))
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

@@ -95,6 +95,17 @@ def test_render_counts_what_it_did(bpe):
         assert bpe.decode(spoken) == wanted + "<|end|>"
 
 
+def test_several_processes_render_what_one_does(bpe):
+    rows = Dataset.from_dict({"id": [str(i) for i in range(30)], "messages": [talk("cat " * (3 * i + 1), "dog " * (i + 1)) for i in range(30)]})
+    (one, counts), (several, same) = (data.render(rows, bpe, 24, drop=True, num_proc=n) for n in (None, 2))
+    assert counts == same and 0 < counts["rows_dropped"] < 30 and several.column_names == one.column_names and several.to_list() == one.to_list()
+    assert data.lengths(one) == data.lengths(several)
+    sizes = [len(r["labels"]) for r in one]
+    assert data.lengths(one)["tokens"] == sum(sizes) and data.lengths(one)["tokens_most"] == max(sizes)
+    assert data.lengths(one)["response_share"] == round(sum(t != IGNORE for r in one for t in r["labels"]) / sum(sizes), 4)
+    assert data.lengths(one.select([]))["tokens"] == 0
+
+
 def test_pack_keeps_every_token_in_order(bpe):
     texts = ["the cat", "sat", "on the mat"] * 20
     blocks = data.pack(texts, bpe, 8)

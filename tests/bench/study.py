@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -20,21 +22,22 @@ ROOT = results.REPOSITORY
 
 
 def watched(command: list[str]) -> dict:
-    """Seconds of ``command``, and the peak in MiB of the memory of it and of all that it starts, shared pages counted once."""
-    began, most = time.perf_counter(), 0
+    """Seconds of ``command``, and the peaks in MiB of the memory of it and of all that it starts, shared pages counted once: of all, and of all
+    but files that are mapped, which the system takes back when it needs room.
+    """
+    began, most, own = time.perf_counter(), 0, 0
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            held = 0
+            held = Counter()
             for member in [top := psutil.Process(process.pid), *top.children(recursive=True)]:
-                try:
-                    held += member.memory_full_info().pss
-                except psutil.Error:  # it has just ended
-                    pass
-            most = max(most, held)
-            time.sleep(3)
+                with suppress(psutil.Error, OSError):  # it has just ended
+                    lines = (line.split() for line in Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()[1:])
+                    held.update({name: int(kib) for name, kib, *_ in lines})
+            most, own = max(most, held["Pss:"]), max(own, held["Pss_Anon:"] + held["Pss_Shmem:"])
+            time.sleep(1)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}.")
-    return {"seconds": time.perf_counter() - began, "peak_mib": most / 2**20}
+    return {"seconds": time.perf_counter() - began, "peak_mib": most / 2**10, "own_peak_mib": own / 2**10}
 
 
 def study(preset: str) -> dict:
