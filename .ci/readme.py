@@ -220,7 +220,7 @@ def loader(root: Path) -> str:
     rows = []
     for path in sorted(root.glob("bench/*-loader.json")):
         for case, row in json.loads(path.read_text(encoding="utf-8"))["found"].items():
-            rows.append([case, f"{row['budgeted']:,}", f"{row['seconds'] / 60:.1f} min", f"{row['rows_per_s']:,.0f}", f"{row['own_peak_mib'] / 1024:.1f} GiB",
+            rows.append([case.replace(", 1 cores", ", 1 core"), f"{row['budgeted']:,}", f"{row['seconds'] / 60:.1f} min", f"{row['rows_per_s']:,.0f}", f"{row['own_peak_mib'] / 1024:.1f} GiB",
                          f"{row['peak_mib'] / 1024:.1f} GiB"])
     return markdown(["rows of a file, processor cores", "rows left to train on", "time", "rows a second", "memory", "with mapped files"], rows)
 
