@@ -16,6 +16,7 @@ from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
 HELD = {"cpu": 20_000}  # tokens whose keys and values are held at once; elsewhere 2**17
+torch.backends.cuda.enable_cudnn_sdp(False)  # which plans anew for every length: answers took ten times as long
 ROWS = "sdpa_rows"  # an attention's name: torch's, which reads the rows of one sequence apart if told their lengths
 
 
@@ -30,10 +31,7 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
         query, key, value = (x[0].transpose(0, 1).to(kind).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (query, key, value))
         return at_once(query, key, value, bounds, bounds, *[int(lengths.max())] * 2, scale=kwargs.get("scaling"), window_size=(-1, 0))[None], None
     rows = zip(*(x.split(lengths.tolist(), 2) for x in (query, key, value)))
-    with ExitStack() as after:  # cuDNN plans anew for every length, which takes longer than to attend
-        after.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
+    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
 
 @lru_cache
