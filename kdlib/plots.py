@@ -103,7 +103,7 @@ def intervals(table: pd.DataFrame, label: str, row: str, group: str, delta: floa
                     linestyle="none", label=name, color=color, marker=marker, markerfacecolor=face)
     ax.set_yticks(range(len(order)), [STYLE.get(s, {"label": s.replace("_", " ")})["label"] for s in order])
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9)
-    fig.supxlabel("\n".join(fill(line, 72) for line in label.split("\n")), fontsize=9)
+    fig.supxlabel("\n".join(fill(line, 84) for line in label.split("\n")), fontsize=9)
     return fig, table
 
 

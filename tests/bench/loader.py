@@ -46,7 +46,7 @@ def write(path: Path, rows: int, speech: list[str]) -> None:
 
 
 def load(path: Path, cores: int) -> None:
-    """The data artefact of a preset over ``path``, and an order of its rows; prints what came out."""
+    """The data artefact of a preset over ``path``, and an order of its rows; leaves what came out beside it, as JSON."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, range(cores))
     spec = {"version": 0, "source": {"kind": "text", "train": {"local": str(path)}, "test": {}, "validation_rows": 500, "test_rows": 500}, "train_rows": TULU,
