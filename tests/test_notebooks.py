@@ -293,7 +293,8 @@ def test_losses_with_other_parameters(tmp_path):
     ("05_report", ["-p", "preset", "realtext"], "preset='realtext' has one world, and this report compares several; allowed: smoke, lab"),
     ("07_learning_rates", ["-p", "preset", "huge"], "preset='huge' is not allowed; allowed: smoke, lab, realtext"),
     ("01_losses", ["-p", "alpha", "2"], "alpha=2"), ("00_start_here", ["-p", "preset", "smoke"], "train_missing=False"),
-    ("00_start_here", ["-p", "live", "3"], "live=3 has type int; allowed: True or False")])
+    ("00_start_here", ["-p", "live", "3"], "live=3 has type int; allowed: True or False"),
+    ("00_start_here", ["-p", "live_dir", "3"], "live_dir=3 has type int; allowed: a folder as text")])
 def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, arguments, message):
     target = tmp_path / "results"
     where = [] if name[:2] in ("01", "06") else ["-p", "results_dir", str(target)]
