@@ -135,7 +135,7 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
     of ``pools``, and at the middle budget with all. ``rate`` holds a learning rate for every stage, instead of the preset's.
     """
     d = preset.domain if experiment == "two_stage_domain" else {}
-    usual, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, []
+    usual, size, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, {"batch_size": d.get("batch_size", preset.batch_size)}, []
     budgets, seeds, domains, pools = (sorted(set(given or usual[k])) for given, k in (
         (budgets, "budgets"), (seeds, "seeds"), (domains, "names"), (pools, "pools")))
     able = [arm for arm in arms or ARMS[experiment] if d or arm[1] not in OPTIONAL or arm[1] in preset.teachers]
@@ -145,7 +145,7 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         human = {"set": f"{domain}/train" if d else "train", **prefix, **({"alone": True} if alone else {})}
         teacher = model_spec(preset, name, world) if (name := d.get("teacher", name)) else None
         if d:
-            tuning = {**METHODS["sft"], **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
+            tuning = {**METHODS["sft"], **size, **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
             teacher = {"start": teacher, "phases": [_phase(preset, [human], **tuning)]}
         said = _said(preset, f"{domain}/pool" if d else "train", teacher, **getattr(preset, "answers", {}), **({"only": prefix} if alone else {}))
         said |= {} if alone else {**prefix, "budget": pool or budget}
@@ -154,11 +154,11 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         if pool != pools[-1] and not (reads and budget == budgets[len(budgets) // 2]):
             continue
         phases, chosen = [], usual["learning_rate"][method]
-        steps = math.ceil(usual["epochs"] * budget / preset.batch_size) if "epochs" in usual else usual["steps"] // len(stages)
+        steps = math.ceil(usual["epochs"] * budget / size["batch_size"]) if "epochs" in usual else usual["steps"] // len(stages)
         rates = rate or [preset.rate(of_stage, budget) for of_stage in (chosen if isinstance(chosen, list) else [chosen])]
         for (rows, how), at in zip(stages, rates, strict=True):
             phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, seed=seed, learning_rate=at,
-                                 steps=steps, **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
+                                 steps=steps, **size, **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.model("student"),
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
         scored = {"on": f"{domain}/{split}" if d else split}
