@@ -26,7 +26,7 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     lengths, device = attention_mask.flatten(), query.device
     kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
-    if at_once := kind in (torch.float16, torch.bfloat16) and _varlen(device, kind, query.shape[-1]):
+    if at_once := kind in (torch.float16, torch.bfloat16) and not kwargs.get("dropout") and _varlen(device, kind, query.shape[-1]):
         bounds = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
         query, key, value = (x[0].transpose(0, 1).to(kind).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (query, key, value))
         return at_once(query, key, value, bounds, bounds, *[int(lengths.max())] * 2, scale=kwargs.get("scaling"), window_size=(-1, 0))[None], None
@@ -36,15 +36,17 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
 
 @lru_cache
 def _varlen(device: torch.device, dtype: torch.dtype, width: int):
-    """Torch's attention to many rows at once, where this device has it for heads of such a ``width``; None elsewhere."""
+    """Torch's attention to many rows at once, if this device has it for heads of such a ``width`` and it says what SDPA says; else None."""
     if device.type != "cuda":
         return None
+    x = torch.linspace(-1, 1, 5 * width, device=device, dtype=dtype).view(5, 1, width).sin().requires_grad_()
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
     try:
         from torch.nn.attention.varlen import varlen_attn
-        x, bounds = torch.ones(3, 1, width, device=device, dtype=dtype, requires_grad=True), torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
         with torch.enable_grad():
-            varlen_attn(x, x, x, bounds, bounds, 2, 2, scale=1.0, window_size=(-1, 0)).sum().backward()
-        return varlen_attn
+            (found := varlen_attn(x, x, x, bounds, bounds, 3, 3, scale=1.0, window_size=(-1, 0))).sum().backward()
+        apart = [F.scaled_dot_product_attention(*[part.transpose(0, 1)] * 3, is_causal=True, scale=1.0).transpose(0, 1) for part in x.split([2, 3])]
+        return varlen_attn if _close(torch.cat(apart), found) else None
     except (ImportError, TypeError, RuntimeError):
         return None
 

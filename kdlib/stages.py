@@ -62,8 +62,10 @@ def tokenizer_of(spec: dict, corpus: data.Corpus):
 
 
 def room(spec: dict) -> dict:
-    """How :func:`kdlib.data.render` fits rows of the data that ``spec`` fixes: the tokens of a reply are kept free, whatever an answer takes."""
-    return {"max_length": spec["max_length"], "prompt_length": spec["max_length"] - spec["max_new_tokens"], "drop": True}
+    """How :func:`kdlib.data.render` fits rows of the data that ``spec`` fixes: all that is not answered gets what a reply leaves free, or
+    ``prompt_length``, however long the answers are.
+    """
+    return {"max_length": spec["max_length"], "prompt_length": spec.get("prompt_length", spec["max_length"] - spec["max_new_tokens"]), "drop": True}
 
 
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
@@ -188,7 +190,9 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
         for phase in spec.get("phases", ()):
             tune(root, model, known.tokenizer, phase, data_of(spec))
-    if "hub" not in spec:
+    if "hub" in spec:  # which commit its revision was, None of a folder, so that two are not mixed
+        (folder / "commit.json").write_text(json.dumps(getattr(model.config, "_commit_hash", None)))
+    else:
         model.save_pretrained(folder)
         known.tokenizer.save_pretrained(folder)
     own = {name: score(model, known, name)[0] for name in known.held}
@@ -220,9 +224,11 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
 
 
 def _left_open(row: dict, max_length: int) -> dict:
-    """A row without the end of an answer that was cut off; read again, its words may be more tokens than they were said in."""
+    """A row without the end of an answer that did not come to it, and so with nothing to learn of one that a server refused; read again, words
+    may be more tokens than they were said in.
+    """
     last = max(i for i, label in enumerate(row["labels"]) if label != data.IGNORE)
-    end = min(max_length, last if row["finish_reason"] == "length" else len(row["labels"]))
+    end = min(max_length, last if row["finish_reason"] in ("length", "refused", "content_filter") else len(row["labels"]))
     return {k: row[k][:end] for k in ("input_ids", "labels")}
 
 

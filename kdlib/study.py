@@ -1,6 +1,7 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from kdlib.specs import EXACT
 
 SPEC_VERSION = {"lab": 5, "text": 5}  # raised whenever a change of the code changes what a configuration computes
 SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "dry_run", "workers")
-PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "tasks", "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "domains", "pools")}
+PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "tasks", "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "tasks", "domains", "pools")}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def plan(experiment: str, namespace: dict) -> Plan:
     preset, general = PRESETS[name], experiment != "two_stage_domain"
     allowed = "tasks of the harness by name, each with a table of settings" if hasattr(preset, "tasks") else f"{{}}, for preset {name!r} scores by itself"
     if check("tasks", given.get("tasks", {}), dict, allowed, lambda v: not v or (hasattr(preset, "tasks") and all(type(t) is dict for t in v.values()))):
-        preset = Preset(**{**vars(preset), "tasks": given["tasks"]})
+        everywhere = dict.fromkeys(preset.domain["names"], given["tasks"])
+        preset = Preset(**{**vars(preset), **({"tasks": given["tasks"]} if general else {"domain": {**preset.domain, "tasks": everywhere}})})
     if lacking := preset.lacks(experiment):
         able = ", ".join(n for n, p in PRESETS.items() if not p.lacks(experiment))
         raise ValueError(f"preset={name!r} has no {' and no '.join(lacking)}{' teacher' if general else ''}; allowed: {able}.")
@@ -99,7 +101,7 @@ def data_spec(preset: Preset, world_seed: int) -> dict:
     """What fixes the data of a preset in one world."""
     spec = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
             "max_length": preset.max_length, "max_new_tokens": preset.max_new_tokens, "vocab_size": preset.vocab_size, "world_seed": world_seed}
-    return spec | ({"tokenizer": preset.tokenizer} if hasattr(preset, "tokenizer") else {})
+    return spec | {k: vars(preset)[k] for k in ("tokenizer", "prompt_length") if hasattr(preset, k)}
 
 
 def model_spec(preset: Preset, name: str, world_seed: int) -> dict:
@@ -162,7 +164,8 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.model("student"),
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
         scored = {"on": f"{domain}/{split}" if d else split}
-        scored |= {"tasks": preset.tasks} if hasattr(preset, "tasks") and not d and split == "test" else {}
+        tasks = d.get("tasks", {}).get(domain) if d else getattr(preset, "tasks", None)
+        scored |= {"tasks": tasks} if tasks and split == "test" else {}
         runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases, "evaluate": scored}))
     return runs
 
@@ -182,8 +185,8 @@ def run(plan: Plan) -> list[dict]:
                          f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
         from kdlib import jobs, stages
-        if tasks := getattr(plan.preset, "tasks", None):
-            stages.harness.check_tasks(tasks)
+        for asked in {json.dumps(c["evaluate"]["tasks"]) for c in plan.configs if "tasks" in c["evaluate"]}:
+            stages.harness.check_tasks(json.loads(asked))
         runner.launch_settings()  # ValueError if they are none
         todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)
         if have:  # made elsewhere, perhaps, where the same specification gives other models

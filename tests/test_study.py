@@ -186,12 +186,23 @@ def test_lab_and_realtext_are_as_large_as_promised():
     gpu, words = PRESETS["realtext-gpu"], models.build_tokenizer([str(i) for i in range(PRESETS["realtext-gpu"].vocab_size)])
     assert models.build_model(gpu.model("student"), words, 0).num_parameters() >= 30e6 and min(len(gpu.seeds), len(gpu.domain["seeds"])) >= 5
     for sized in (lab, real, gpu):
+        half = sized.domain["steps"] // 2 * sized.domain.get("batch_size", sized.batch_size)
         assert max(sized.budgets) <= sized.steps * sized.batch_size, "a budget is seen once at least"
-        assert max(sized.domain["budgets"]) <= sized.domain["steps"] // 2 * sized.batch_size, "as are a domain's annotations, in half of the steps"
+        assert max(sized.domain["budgets"]) <= half, "as are a domain's annotations, in half of the steps"
+        assert sized is lab or max(sized.domain["pools"]) <= half, "and its pool"
     for sized in (real, gpu):
-        assert max(sized.domain["pools"]) <= sized.domain["steps"] // 2 * sized.batch_size, "and its pool"
         assert sized.source["domains"]["maths"]["unlabelled_rows"] == sized.domain["pool_rows"]
     assert max(max(rates.values()) for rates in gpu.learning_rate.values()) <= gpu.bases["student"]["learning_rate"], "small models bear higher rates"
+
+
+def test_a_domain_may_have_batches_of_its_own():
+    for size in (None, 3):
+        preset = changed(TINY, domain={**TINY.domain, **({"batch_size": size} if size else {})})
+        for labels, config in study.grid(preset, "two_stage_domain", 0):
+            teacher = specs.teacher_of(config)
+            own = {p["batch_size"] for p in [*config["phases"], *(teacher["phases"] if teacher else ())]}
+            assert own == {size or TINY.batch_size}
+        assert {p["batch_size"] for _, config in study.grid(preset, "data_budget", 0) for p in config["phases"]} == {TINY.batch_size}
 
 
 def test_records_hold_what_the_dictionary_says(tiny_records):

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from kdlib import text
+from kdlib import data, text
 from kdlib.presets import PRESETS
 
 DOMAINS = PRESETS["realtext"].source["domains"]
@@ -273,6 +273,17 @@ def test_what_opens_a_conversation_is_all_that_comes_before_a_user_is_answered(f
         write(folder / "few.jsonl", [{"id": i, "messages": opened(i)} for i in range(12)])
         with pytest.raises(ValueError, match=f"{name} has {own}.*are left to test and .*; allowed: 20 or more with beginnings of their own"):
             text.split(local(name), {}, validation_rows=2, test_rows=5)
+
+
+def test_budgets_are_stratified_by_category_by_the_id_or_by_source(tmp_path):
+    rows = [{"id": f"s-{'ab'[i % 2]}-{i}", "source": f"source-{i % 3}", "messages": messages(i)} for i in range(12)]
+    write(tmp_path / "x.jsonl", rows)
+    write(tmp_path / "y.jsonl", [{**r, "category": f"kind-{i % 4}"} for i, r in enumerate(rows)])
+    for name, more, kinds in (("x", {}, {f"source-{i}" for i in range(3)}), ("y", {}, {f"kind-{i}" for i in range(4)}),
+                              ("x", {"category_in_id": r"s-(\w)-"}, {"a", "b"})):
+        found, _ = text.conversations({"local": str(tmp_path / f"{name}.jsonl"), **more})
+        first = [found["skill"][i] for i in data.nested_order(list(found["skill"]), 0)[:len(kinds)]]
+        assert set(found["skill"]) == kinds == set(first), "as many of each"
 
 
 def test_a_row_that_answers_nothing_is_left_out_and_counted(folder):
