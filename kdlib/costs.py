@@ -126,7 +126,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
         if "source" in spec:
             table["source"] += 1, 0, 0, 0, 0, 16 * sum(rows_of(name) * length(name)[0] for name in sets)  # two whole numbers a token
             continue
-        work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else held
+        work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else specs.scored_on(spec, held)
         reads = [(w, spec, name, None) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
         if work in ("by", "cache"):
             reads = [(work, spec.get("teacher", spec.get("by")), _set(part), part.get("only", part).get("budget")) for part in spec.get("rows", [spec])]

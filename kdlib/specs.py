@@ -50,6 +50,12 @@ def teacher_of(config: dict) -> dict | None:
     return ([None] + [t for p in config["phases"] for t in (p["teacher"], *(r.get("said", {}).get("by") for r in p["rows"])) if t])[-1]
 
 
+def scored_on(spec: dict, held: list[str]) -> list[str]:
+    """The ``held`` out sets that a model is scored on when it is made: all, or if it was tuned on a domain's rows that domain's."""
+    domains = {part["set"].split("/")[0] for p in spec.get("phases", ()) for part in p["rows"] if "/" in part["set"]}
+    return [name for name in held if not domains or name.split("/")[0] in domains]
+
+
 @lru_cache(maxsize=None)
 def all_of(config: str) -> dict[str, tuple[int, dict]]:
     """By name, every artefact under a run (its configuration as JSON), after those it is made from, and its depth (1: from nothing)."""

@@ -20,7 +20,7 @@ from datasets import Dataset, load_from_disk
 from kdlib import data, evaluate, harness, lab, models, runner, store, teachers, text, trainer
 from kdlib.labels import label
 from kdlib.losses import Objective
-from kdlib.specs import data_of, path, targets_of
+from kdlib.specs import data_of, path, scored_on, targets_of
 
 SOURCES = {"lab": lab, "text": text}
 TRAINED = {"dtype": torch.float32}  # whatever the dtype of the file, since small steps vanish in bfloat16
@@ -195,7 +195,7 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
     else:
         model.save_pretrained(folder)
         known.tokenizer.save_pretrained(folder)
-    own = {name: score(model, known, name)[0] for name in known.held}
+    own = {name: score(model, known, name)[0] for name in scored_on(spec, known.held)}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
 

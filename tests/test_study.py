@@ -195,6 +195,12 @@ def test_lab_and_realtext_are_as_large_as_promised():
     assert max(max(rates.values()) for rates in gpu.learning_rate.values()) <= gpu.bases["student"]["learning_rate"], "small models bear higher rates"
 
 
+def test_a_model_tuned_on_a_domain_is_scored_on_that_alone():
+    held = ["test", "market/test", "market/validation", "markets/test"]
+    for _, config in study.grid(TINY, "two_stage_domain", 0):
+        assert specs.scored_on(specs.teacher_of(config) or config, held) == held[1:3] and specs.scored_on(config["start"], held) == held
+
+
 def test_a_domain_may_have_batches_of_its_own():
     for size in (None, 3):
         preset = changed(TINY, domain={**TINY.domain, **({"batch_size": size} if size else {})})
