@@ -171,7 +171,7 @@ def test_what_is_told_is_what_committed_runs_recorded(name, every, most):
     files = sorted((results.REPOSITORY / "results" / name / "runs").glob("*.json"))[::every]
     found = costs.check(records := [results.read_record(f) for f in files])
     print(f"\n{name}, {len(files)} records, {found.attrs}\n{found.round(3)}")
-    assert (found.error < most).all() and (found.worst.iloc[:2] < [0.1, 0.25]).all()
+    assert (found.error < most).all() and (found.worst.iloc[:2] < [0.2, 0.25]).all(), "answers that teachers write differ in length by teacher"
     for r in sorted(records, key=lambda r: r["run_id"])[1::2]:
         r["provenance"] |= {k: 2 * r["provenance"][k] for k in ("tokens", "train_s")}
     found = costs.check(records)
@@ -271,7 +271,7 @@ def test_lengths_are_those_of_the_sets_that_runs_mix():
     assert all(length(name) == pytest.approx([n, n / 2]) for name, n in wanted.items())
     table = costs.estimate(study.plan("two_stage_domain", {"preset": "realtext"}))
     d = PRESETS["realtext"].source["domains"]  # of six teachers in each, by themselves and in the mixture
-    rows = sum(d[n]["unlabelled_rows"] * said + d[n]["annotated_rows"] * human for n, said, human in (("maths", 90, 117), ("medical", 108, 97)))
+    rows = sum(d[n]["unlabelled_rows"] * said + d[n]["annotated_rows"] * human for n, said, human in (("maths", 86, 105), ("medical", 76, 95)))
     assert table["count"]["cache"] == 36 and table["response_tokens"]["cache"] == pytest.approx(6 * 2 * rows, rel=0.03)
 
 
