@@ -270,9 +270,10 @@ def test_lengths_are_those_of_the_sets_that_runs_mix():
     wanted = {"a/train": 10, "a/pool said": 50, "a/pool": 50, "a/test": 10, "train": 20, "test": 20, "b/test": 20}
     assert all(length(name) == pytest.approx([n, n / 2]) for name, n in wanted.items())
     table = costs.estimate(study.plan("two_stage_domain", {"preset": "realtext"}))
-    d = PRESETS["realtext"].source["domains"]  # of six teachers in each, by themselves and in the mixture
-    rows = sum(d[n]["unlabelled_rows"] * said + d[n]["annotated_rows"] * human for n, said, human in (("maths", 86, 105), ("medical", 76, 95)))
-    assert table["count"]["cache"] == 36 and table["response_tokens"]["cache"] == pytest.approx(6 * 2 * rows, rel=0.03)
+    record = results.read_record(next((results.REPOSITORY / "results" / "realtext" / "runs").glob("*.json")))
+    kept = {name: told["rows"] - told["rows_dropped"] for name, told in record["provenance"]["data_report"].items() if "rows" in told}
+    rows = sum(kept[f"{d}/pool"] * said + kept[f"{d}/train"] * human for d, said, human in (("maths", 86, 105), ("medical", 76, 95)))
+    assert table["count"]["cache"] == 36 and table["response_tokens"]["cache"] == pytest.approx(6 * 2 * rows, rel=0.03), "six teachers in each, alone and mixed"
 
 
 def test_importing_costs_needs_no_torch():
