@@ -189,8 +189,9 @@ def run(plan: Plan) -> list[dict]:
             stages.harness.check_tasks(json.loads(asked))
         runner.launch_settings()  # ValueError if they are none
         todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)
-        if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute({t: cost for t, cost in todo.items() if t.func is not jobs.execute}, plan.workers, needs)
+        theirs = {name for r in found for name in r["provenance"]["artefacts"]}  # made elsewhere, perhaps, where the same specification gives others
+        if again := {t: cost for t, cost in todo.items() if t.func is stages.make and stages.path(plan.root, t.args[1]).name in theirs}:
+            runner.compute(again, plan.workers, needs)
             _check_one_origin(plan, found)
         runner.compute(todo, plan.workers, needs)
         found = results.read_records(plan.root, plan.preset.name, plan.ids)

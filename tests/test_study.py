@@ -385,6 +385,23 @@ def test_runs_are_not_added_to_records_of_other_models(tiny_root, tiny_records, 
     assert not path.exists(), "nothing was trained"
 
 
+def test_what_the_records_there_do_not_share_is_made_beside_the_runs(tiny_root, tmp_path, monkeypatch):
+    shutil.copytree(tiny_root, tmp_path / "r")
+    calls, made = [], plan(tmp_path / "r")
+    monkeypatch.setattr(study.runner, "compute", lambda todo, *how: calls.append({t.func.__name__ for t in todo}))
+    for run_id, config in zip(made.ids, made.configs):
+        if config["phases"][0]["teacher"]:
+            results.record_path(made.root, "tiny", run_id).unlink()
+    shutil.rmtree(next((made.root / ".cache").glob("targets-*")))
+    study.run(made)
+    assert calls == [{"make", "execute"}], "no core waits for artefacts that runs of others do not need"
+    for folder in (made.root / ".cache").glob("base-*"):
+        shutil.rmtree(folder)
+    calls.clear()
+    study.run(made)
+    assert calls == [{"make"}, {"make", "execute"}]
+
+
 def test_records_of_other_data_than_those_at_hand_are_not_shown(tiny_root, tiny_records, tmp_path):
     shutil.copytree(tiny_root / ".cache", tmp_path / "r" / ".cache")
     store.write_atomic(tmp_path / "r" / store.MARKER, json.dumps(store.FORMAT))
