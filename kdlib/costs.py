@@ -126,7 +126,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
         if "source" in spec:
             table["source"] += 1, 0, 0, 0, 0, 16 * sum(rows_of(name) * length(name)[0] for name in sets)  # two whole numbers a token
             continue
-        work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else held
+        work, on = [w for w in table if w in spec][-1], [spec["evaluate"]["on"]] if "evaluate" in spec else specs.scored_on(spec, held)
         reads = [(w, spec, name, None) for name in on for w in ("scores", "replies")[:1 + bool(told)]]
         if work in ("by", "cache"):
             reads = [(work, spec.get("teacher", spec.get("by")), _set(part), part.get("only", part).get("budget")) for part in spec.get("rows", [spec])]
@@ -141,10 +141,18 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
             t, r = (t - r * (t > r) + told, told) if w in ("by", "replies") else (t, r)
             kept = n * r * cache_bytes(s, **spec["cache"]) if w == "cache" else 0
             table[w] += w in ("scores", "replies"), n * t, n * r, flops(s, n, n * t, n * r), kept, kept + 16 * n * t * (w == "by")
+    below = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "of" in s and not (missing and specs.path(plan.root, s).is_dir())}
+    judged = [(c, c["evaluate"].get("tasks", {})) for c in runs] + [(s["of"], s["tasks"]) for s in below.values()]
+    for spec, (name, how) in ((spec, task) for spec, tasks in judged for task in tasks.items() if task[0] in TABLE["benchmarks"]):
+        known = TABLE["benchmarks"][name]
+        n, s = min(how.get("limit") or known["documents"], known["documents"]), shape(spec)
+        for w, t, r in (("asked", known["read"], 1), *[("answered", known["replied"], known["replied"])] * (known["replied"] > 0)):
+            table[w] += 1, n * t, n * r, flops(s, n, n * t, n * r), 0, 0
     out = pd.DataFrame.from_dict(table, "index", columns=["count", *TABLE["seen"], "flops", "cache_bytes", "disk_bytes"])
     out.attrs = {"rows": f"means of {len(records)} records" if records else "typical" if typical else "max_length, an upper bound",
                  "row": np.max([length(_set(part)) for c in plan.configs for f in c["phases"] for part in f["rows"]], 0).tolist(),
-                 "rate": check(records).attrs["rate"] if records else None}
+                 "rate": check(records).attrs["rate"] if records else None,
+                 "not counted": sorted({name for _, tasks in judged for name in tasks} - TABLE["benchmarks"].keys())}
     return out
 
 
@@ -166,14 +174,19 @@ def report(plan, ranks: int | None = None) -> None:
     if rate := whole.attrs["rate"]:
         hours["as in the records"] = [np.nan, *(w.flops.sum() / rate / 3600 for w in (whole, left))]
     phase, s, needs = plan.configs[0]["phases"][0], shape(plan.configs[0]), {}
-    at_once = min(phase["batch_size"], phase.get("training", {}).get("micro_batch") or phase["batch_size"])
+    def at_once(how: dict) -> int:
+        return min(how["batch_size"], how.get("training", {}).get("micro_batch") or how["batch_size"])
+
     answers, scores = max(1, min(256, 2**17 // p.max_length)), max(1, min(64, 2**28 // int(p.max_length * s.vocab)))
     for (name, row), again in product({"mean": whole.attrs["row"], "longest": [p.max_length] * 2}.items(), (False, True)):
         how = {**phase.get("training", {}), "activation_checkpointing": again}
-        needs[f"student, {name} rows{', recomputed' * again}"] = memory(s, *np.multiply(at_once, row), how, ranks)
-    if tuned := [shape(f["teacher"]) for c in plan.configs for f in c["phases"] if f["teacher"] and "start" in f["teacher"]]:
-        big = max(tuned, key=lambda s: s.weights)
-        needs["teacher's tuning, mean rows"] = memory(big, *np.multiply(at_once, whole.attrs["row"]), phase.get("training", {}), ranks)
+        needs[f"student, {name} rows{', recomputed' * again}"] = memory(s, *np.multiply(at_once(phase), row), how, ranks)
+    made = [s for c in plan.configs for _, s in specs.all_of(json.dumps(c)).values()]
+    for title, heavy in (("a teacher's tuning, mean rows", [(s, f, whole.attrs["row"]) for s in made for f in s.get("phases", ())]),
+                         ("pre-training", [(s, s["pretrain"], np.subtract(s["pretrain"]["block"], (0, 1))) for s in made if "pretrain" in s])):
+        if heavy:
+            every = [memory(shape(s), *np.multiply(at_once(how), row), how.get("training", {}), ranks) for s, how, row in heavy]
+            needs[title] = max(every, key=lambda parts: sum(parts.values()))
     if taught := [shape(f["teacher"]) for c in plan.configs for f in c["phases"] if f["teacher"]]:
         big = max(taught, key=lambda s: s.weights)
         held, kept = big.stored * big.weights / ranks, 2 * answers * big.layers * big.k * big.stored * p.max_length
@@ -184,9 +197,15 @@ def report(plan, ranks: int | None = None) -> None:
             (f"{runs.experiment[0]}, {p.name}: {runs.found.sum()} of {len(runs)} runs found, by budget", grid, show),
             (f"work, and what is missing of it; tokens of a row: {whole.attrs['rows']}", work, show),
             ("hours of one device", pd.DataFrame(hours, ["GB", "whole", "missing"]).T, "{:.3g}".format),
-            (f"bytes on each of {ranks} devices that share the weights", needs, show)):
+            (f"bytes on each of {ranks} devices that share the weights{f', for each of {plan.workers} workers' * (plan.workers > 1)}", needs, show)):
         print(title, frame.to_string(float_format=form, na_rep=""), sep="\n", end="\n\n")
-    print("benchmarks of lm_eval come on top" if any("tasks" in c["evaluate"] for c in plan.configs) else "nothing else is run")
+    measured = [results.read_record(f) for f in sorted((results.REPOSITORY / "results" / "lab" / "runs").glob("*.json"))[::12]]
+    if measured:
+        errors = check(measured)[["error", "worst"]].set_axis([*TABLE["seen"], "seconds", "memory"])
+        print(f"relative errors of these formulas for {len(measured)} measured lab runs, median and worst")
+        print(errors.to_string(float_format="{:.1%}".format))
+    told = TABLE["utilization"]["generation"]
+    print(f"generation at {told:.0%} of a device's peak is assumed, not measured; not counted: {', '.join(whole.attrs['not counted']) or 'nothing'}")
 
 
 def check(records: list[dict]) -> pd.DataFrame:

@@ -27,13 +27,18 @@ class Corpus:
     report: dict = field(default_factory=dict)  # counts of what loading left out
 
 
+def _named(tokenizer) -> str:
+    return f" of {tokenizer.name_or_path!r}" if tokenizer.name_or_path else ""
+
+
 def encode(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     """``(input_ids, labels)``; labels are -100 outside the assistant's turns. Raises ValueError if nothing would be learned."""
     if tokenizer.chat_template is None:
-        raise ValueError("The tokenizer has no chat template; allowed: a template of kdlib's (tulu, chatml), or a tokenizer with one.")
+        raise ValueError(f"The tokenizer{_named(tokenizer)} has no chat template; allowed: a template of kdlib's (tulu, chatml), or a tokenizer with one.")
     out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     if not any(out["assistant_masks"]):
-        raise ValueError("The chat template marks no assistant tokens: it needs {% generation %} around what an assistant turn says.")
+        raise ValueError(f"The chat template{_named(tokenizer)} marks no assistant tokens; allowed: a template of kdlib's (tulu, chatml), or one with "
+                         "{% generation %} around what an assistant turn says.")
     return out["input_ids"], [t if m else IGNORE for t, m in zip(out["input_ids"], out["assistant_masks"])]
 
 
@@ -43,9 +48,11 @@ def stretches(labels: list[int]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(labels)]))
 
 
-def shorten_prompt(ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]] | None:
-    """Fit a row into ``max_length`` tokens by cutting the middles of its prompt stretches, the longest first; None if that is not enough."""
-    while (excess := len(ids) - max_length) > 0:
+def shorten_prompt(ids: list[int], labels: list[int], prompt_length: int) -> tuple[list[int], list[int]] | None:
+    """Leave a row ``prompt_length`` tokens outside the loss, by cutting the middles of its prompt stretches, the longest first; None if that is
+    not enough. What is cut does not depend on the answer, whose length a prompt would tell otherwise.
+    """
+    while (excess := labels.count(IGNORE) - prompt_length) > 0:
         prompts = [s for s in stretches(labels) if labels[s[0]] == IGNORE]
         start, end = max(prompts, key=lambda s: s[1] - s[0], default=(0, 0))
         keep = max(8, end - start - excess)  # of it, the head for the role and the instruction, and the tail for the turn's end
@@ -62,12 +69,13 @@ def processes(rows: int) -> int | None:
     return min(cores, rows // 20_000, 16) if rows > 40_000 and cores > 1 else None  # each holds a tokenizer of its own
 
 
-def _fit(messages: list[dict], i: int, tokenizer, max_length: int, drop: bool) -> dict:
+def _fit(messages: list[dict], i: int, tokenizer, max_length: int, prompt_length: int, drop: bool) -> dict:
     try:
         full, labels = encode(messages, tokenizer)
     except TemplateError as error:
         raise ValueError(f"The chat template refuses row {i}, whose turns are of {', '.join(m['role'] for m in messages)}: {error}.") from error
-    if (fitted := shorten_prompt(full, labels, max_length)) is None and not drop:
+    fitted = shorten_prompt(full, labels, prompt_length)
+    if (fitted := fitted if fitted and len(fitted[0]) <= max_length else None) is None and not drop:
         raise ValueError(f"max_length={max_length} would cut the answer of row {i}, which has {len(full)} tokens, "
                          f"{sum(t != IGNORE for t in labels)} of them answer; allowed: more, or drop=True to leave it out.")
     ids, kept = fitted or ([], [])
@@ -75,11 +83,13 @@ def _fit(messages: list[dict], i: int, tokenizer, max_length: int, drop: bool) -
             "lost": sum(t != IGNORE for t in labels) - sum(t != IGNORE for t in kept)}
 
 
-def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False, num_proc: int | None = None) -> tuple[Dataset, dict]:
-    """Add ``input_ids`` and ``labels``, prompts shortened to fit; also counts. An answer too long is a ValueError, or with ``drop`` left out.
-    Many rows are worked on by ``num_proc`` processes, by default one a core, and lie in files, not in memory.
+def render(dataset: Dataset, tokenizer, max_length: int, drop: bool = False, num_proc: int | None = None,
+           prompt_length: int | None = None) -> tuple[Dataset, dict]:
+    """Add ``input_ids`` and ``labels``, prompts shortened to ``prompt_length`` tokens (None: half of ``max_length``); also counts. A row that is
+    still longer than ``max_length``, for its answer is never cut, is a ValueError, or with ``drop`` left out. Many rows are worked on by
+    ``num_proc`` processes, by default one a core, and lie in files, not in memory.
     """
-    how, counts = {"tokenizer": tokenizer, "max_length": max_length, "drop": drop}, ("cut", "said", "lost")
+    how, counts = {"tokenizer": tokenizer, "max_length": max_length, "prompt_length": prompt_length or max_length // 2, "drop": drop}, ("cut", "said", "lost")
     if many := num_proc or len(dataset) > 40_000:
         short = {**dict.fromkeys(("input_ids", "labels"), List(Value("int32"))), **dict.fromkeys(counts, Value("int32"))}
         done = dataset.map(_fit, with_indices=True, input_columns="messages", fn_kwargs=how, num_proc=num_proc or processes(len(dataset)),

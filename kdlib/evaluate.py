@@ -10,12 +10,14 @@ from kdlib.data import IGNORE, Collator, stretches
 from kdlib.inference import generate, response_logits, response_rows
 
 
-def replies(model, tokenizer, asked: list[list], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """What the model answers to ``asked``, conversations that end with a user turn or prompts in token ids, as text."""
+def replies(model, tokenizer, asked: list[list], max_new_tokens: int, temperature: float = 0.0) -> tuple[list[str], list[str]]:
+    """What the model answers to ``asked``, conversations that end with a user turn or prompts in token ids, as text; and why each answer ends:
+    ``stop``, or ``length`` where ``max_new_tokens`` were not enough.
+    """
     prompts = [c if isinstance(c[0], int) else tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in asked]
     answers = generate(model, prompts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
                        eos_token_id=tokenizer.eos_token_id, temperature=temperature)
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True), ["stop" if tokenizer.eos_token_id in a else "length" for a in answers]
 
 
 def prompt(row: dict) -> list:
@@ -28,7 +30,7 @@ def prompt(row: dict) -> list:
 def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> list[int | None]:
     """1 for every row whose greedy reply verifies, else 0; None where a row has no answer to check."""
     asked = [i for i, answer in enumerate(rows["answer"]) if answer is not None]
-    said = dict(zip(asked, replies(model, tokenizer, [prompt(row) for row in rows.select(asked)], max_new_tokens)))
+    said = dict(zip(asked, replies(model, tokenizer, [prompt(row) for row in rows.select(asked)], max_new_tokens)[0]))
     known = rows.remove_columns(["messages", "input_ids", "labels"])
     return [int(verify(row, said[i])) if i in said else None for i, row in enumerate(known)]
 

@@ -1,9 +1,11 @@
 """What a causal LM says: its hidden states or logits at chosen positions only, and its own answers."""
 
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from unittest.mock import patch  # an attribute for a while, and then what was there
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
@@ -14,6 +16,7 @@ from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
 HELD = {"cpu": 20_000}  # tokens whose keys and values are held at once; elsewhere 2**17
+torch.backends.cuda.enable_cudnn_sdp(False)  # which plans anew for every length: answers took ten times as long
 ROWS = "sdpa_rows"  # an attention's name: torch's, which reads the rows of one sequence apart if told their lengths
 
 
@@ -21,11 +24,31 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
     """SDPA; where integers (1, 1, 1, rows) stand for the mask, causal within each of so many tokens of query, key and value."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = zip(*(x.split(attention_mask.flatten().tolist(), 2) for x in (query, key, value)))
-    with ExitStack() as after:  # cuDNN plans anew for every length, which takes longer than to attend
-        after.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
+    lengths, device = attention_mask.flatten(), query.device
+    kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
+    if at_once := kind in (torch.float16, torch.bfloat16) and not kwargs.get("dropout") and _varlen(device, kind, query.shape[-1]):
+        bounds = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+        query, key, value = (x[0].transpose(0, 1).to(kind).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (query, key, value))
+        return at_once(query, key, value, bounds, bounds, *[int(lengths.max())] * 2, scale=kwargs.get("scaling"), window_size=(-1, 0))[None], None
+    rows = zip(*(x.split(lengths.tolist(), 2) for x in (query, key, value)))
+    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
+
+
+@lru_cache
+def _varlen(device: torch.device, dtype: torch.dtype, width: int):
+    """Torch's attention to many rows at once, if this device has it for heads of such a ``width`` and it says what SDPA says; else None."""
+    if device.type != "cuda":
+        return None
+    x = torch.linspace(-1, 1, 5 * width, device=device, dtype=dtype).view(5, 1, width).sin().requires_grad_()
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+        with torch.enable_grad():
+            (found := varlen_attn(x, x, x, bounds, bounds, 3, 3, scale=1.0, window_size=(-1, 0))).sum().backward()
+        apart = [F.scaled_dot_product_attention(*[part.transpose(0, 1)] * 3, is_causal=True, scale=1.0).transpose(0, 1) for part in x.split([2, 3])]
+        return varlen_attn if _close(torch.cat(apart), found) else None
+    except (ImportError, TypeError, RuntimeError):
+        return None
 
 
 AttentionInterface.register(ROWS, _rows_attention)

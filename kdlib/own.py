@@ -39,15 +39,17 @@ def _stamp(name: str) -> str | None:
     return store.digest([[p.name, store.file_hash(p)] for p in files]) if files else None
 
 
-def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | Path, *, revision: str | None = None, split: str = "train",
-            template: str | None = None, max_length: int = 1024, epochs: float = 1, batch_size: int = 16, learning_rate: float | dict = 1e-5,
-            seeds: Sequence[int] = (0, 1, 2), validation_rows: int = 50, test_rows: int = 200, cache: dict | None = None, training: dict | None = None,
-            alpha: float = 1.0, kind: str = "forward_kl", temperature: float = 1.0, workers: int = 1) -> SimpleNamespace:
+def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | Path, *, student_revision: str | None = None,
+            teacher_revision: str | None = None, revision: str | None = None, split: str = "train", template: str | None = None,
+            max_length: int = 1024, epochs: float = 1, batch_size: int = 16, learning_rate: float | dict = 1e-5, seeds: Sequence[int] = (0, 1, 2),
+            validation_rows: int = 50, test_rows: int = 200, cache: dict | None = None, training: dict | None = None, alpha: float = 1.0,
+            kind: str = "forward_kl", temperature: float = 1.0, workers: int = 1) -> SimpleNamespace:
     """Tune ``student`` on ``dataset`` by SFT and by KD from ``teacher``, with ``seeds`` that pair them, compare them on held-out rows, and save
     the KD model of the first seed under ``output_dir/models``, with a model card, for plain ``transformers``.
 
-    Models are folders or hub ids; the dataset is a hub id, a JSON-lines or Parquet file, a folder of them, or a source of :mod:`kdlib.text`. Both
-    models read the same tokens, in chat ``template`` (tulu, chatml; None: the student's own, which must mark what the assistant says).
+    Models are folders, or hub ids with their revisions; the dataset is a hub id with ``revision`` and ``split``, a JSON-lines or Parquet file, a
+    folder of them, or a source of :mod:`kdlib.text`. Both models read the same tokens, in chat ``template`` (tulu, chatml; None: the student's
+    own, which must mark what the assistant says), prompts shortened to half of ``max_length``; rows longer than that then are left out.
     ``learning_rate`` is one for both or ``{"sft": …, "kd": …}``; ``cache`` and ``training`` are as in presets.toml. All that is finished in
     ``output_dir`` is kept, so a call that was stopped goes on. Returns ``model`` (its folder), ``frame`` (one row a run), ``gap`` (an
     :class:`~kdlib.stats.Interval` of SFT − KD in bits per byte) and ``records``. ValueError, before any training, on what does not fit.
@@ -67,7 +69,8 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
     known = {"warmup", "micro_batch", "lora", *(f.name for f in fields(TrainingArguments))}
     check("training", training or {}, dict, "settings of kdlib.trainer.train or TrainingArguments", lambda v: v.keys() <= known)
     objective, cache = vars(Objective(alpha=alpha, kind=kind, temperature=temperature)), cache or {"form": "top_k", "k": 64, "dtype": "float16"}
-    tokens = models.common_vocabulary(*(models.load_tokenizer(n, template=template) for n in (student, teacher)), *map(models.width, (student, teacher)))
+    pair = [(name, _stamp(name) or at) for name, at in ((student, student_revision), (teacher, teacher_revision))]
+    tokens = models.common_vocabulary(*(models.load_tokenizer(*at, template) for at in pair), *(models.width(*at) for at in pair))
     teachers.check_cache(tokens, kind, **check("cache", cache, dict, "settings as in presets.toml"))
     here, mirror = Path(str(dataset)).expanduser(), os.environ.get("KDLIB_DATA")
     source = {"local": str(here.resolve())} if here.exists() else {"hub": dataset, "revision": revision, "split": split}
@@ -75,13 +78,14 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
         source["local"] = dataset
     source = dataset if isinstance(dataset, dict) else source
     preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
-                    train_rows=10**9, max_length=max_length, max_new_tokens=128, vocab_size=0, batch_size=batch_size, seeds=seeds,
-                    bases={"student": {"hub": student, "revision": _stamp(student)}},
-                    teachers={"base": {"hub": teacher, "revision": _stamp(teacher)}},
-                    tokenizer={"name": student, "revision": _stamp(student), "template": template}, domain={}, worlds=[0], metric=metric.name,
+                    train_rows=10**9, max_length=max_length, prompt_length=max_length // 2, max_new_tokens=min(128, max_length // 2), vocab_size=0,
+                    batch_size=batch_size, seeds=seeds,
+                    bases={"student": dict(zip(("hub", "revision"), pair[0]))}, teachers={"base": dict(zip(("hub", "revision"), pair[1]))},
+                    tokenizer={**dict(zip(("name", "revision"), pair[0])), "template": template}, domain={}, worlds=[0], metric=metric.name,
                     learning_rate={m: {1: rates[m]} for m in ("sft", "kd")}, training=training or {}, cache=cache)
     report = json.loads((stages.make(root, study.data_spec(preset, 0)) / "report.json").read_text(encoding="utf-8"))["train"]
     preset.budgets = [rows := report["rows"] - report["rows_dropped"]]
+    print(f"{rows:,} rows to train on, {report['prompts_shortened']:,} with a shortened prompt; {report['rows_dropped']:,} longer than {max_length} tokens left out.")
     preset.steps = math.ceil(epochs * rows / batch_size)
     runs = study.grid(preset, "data_budget", 0, kd={k: objective[k] for k in ("alpha", "kind", "temperature")})
     todo, needs = jobs.tasks(runs, root, metric.name)

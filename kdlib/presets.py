@@ -1,6 +1,9 @@
-"""The presets: one study at several sizes. A preset is data, in presets.toml; nothing else in kdlib knows its name."""
+"""The presets: one study at several sizes. A preset is data, in presets.toml or in the file of the same form that KDLIB_PRESETS names;
+nothing else in kdlib knows its name.
+"""
 
 import copy
+import os
 import tomllib
 from collections import namedtuple
 from pathlib import Path
@@ -64,10 +67,29 @@ def _read(name: str, table: dict) -> Preset:
     return Preset(name=name, scored=METRICS[table["metric"]], **table)
 
 
+def _own(path: str, known: dict) -> dict:
+    """The presets in a user's file, each ``like`` one that is ``known`` and with fields of theirs. ValueError, in one sentence, on others."""
+    try:
+        tables = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"KDLIB_PRESETS={path!r} cannot be read ({type(error).__name__}: {error}); allowed: a TOML file like kdlib/presets.toml.") from error
+    fields = {"like", *(field for table in known.values() for field in table)}
+    for name, table in tables.items():
+        where = f"preset {name!r} of KDLIB_PRESETS={path!r}"
+        if name in known or not isinstance(table, dict):
+            raise ValueError(f"{where[0].upper()}{where[1:]} is {'one of kdlib' if name in known else 'no table'}; allowed: a table under a new name.")
+        check(f"like of {where}", table.get("like"), str, ", ".join(known), known.__contains__)
+        if unknown := table.keys() - fields:
+            raise ValueError(f"{where[0].upper()}{where[1:]} has unknown {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(fields))}.")
+    return tables
+
+
 _TABLES, _FILE = {}, tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _DOMAINS = _FILE.pop("domains")
+if _path := os.environ.get("KDLIB_PRESETS"):
+    _FILE |= _own(_path, _FILE)
 for _name, _table in _FILE.items():
     _TABLES[_name] = _over(_TABLES[_like], _table) if (_like := _table.pop("like", None)) else _table
-    for _domain, _own in _TABLES[_name]["source"].get("domains", {}).items():
-        _TABLES[_name]["source"]["domains"][_domain] = _over(_DOMAINS[_domain], _own)
+    for _domain, _more in _TABLES[_name]["source"].get("domains", {}).items():
+        _TABLES[_name]["source"]["domains"][_domain] = _over(_DOMAINS[_domain], _more)
 PRESETS = {name: _read(name, copy.deepcopy(table)) for name, table in _TABLES.items()}

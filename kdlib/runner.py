@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
+from functools import partial
 
 import psutil
 import yaml
@@ -31,7 +32,7 @@ def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable
             while waiting or futures:
                 for task in [task for task, lacking in waiting.items() if not lacking]:
                     del waiting[task]
-                    futures[pool.submit(task)] = task
+                    futures[pool.submit(partial(_do, task))] = task
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     future.result()
                     done = futures.pop(future)
@@ -43,6 +44,15 @@ def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable
             raise RuntimeError("A worker process died (killed? out of memory?); finished runs are kept, so run again to go on.") from error
         finally:
             wait([future for future in futures if not future.cancel()])
+
+
+def _do(task: Callable) -> None:
+    """Do a task, and keep none of an accelerator's memory, which other workers share."""
+    import torch
+    task()
+    if torch.accelerator.is_available():
+        gc.collect()
+        torch.accelerator.empty_cache()
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:

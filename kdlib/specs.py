@@ -4,7 +4,7 @@ What fixes an artefact is its specification, in JSON. A *model* is ``{"data", "p
 "phases"}``. A *phase* trains ``steps`` batches on its ``rows``, equally many of each *part*, by the settings of
 :class:`~kdlib.losses.Objective`, towards its ``teacher``, a model or None. A part is ``{"set": name}``, perhaps with ``budget`` (so many
 of the set's rows, a prefix of the order that ``seed`` draws) and ``said``: the model ``by`` whose own words, drawn at a ``temperature``,
-stand for the annotators' (with ``verified`` those alone that verify; with ``only`` on a budget's prompts alone). The targets of a part are
+stand for the annotators' (with ``verified`` those alone that verify; with ``only`` on a budget's prompts alone, with ``open`` none that was cut off is taught to end there). The targets of a part are
 those of all the set's rows, with ``alone`` of the budget's. A run's configuration is a model's, and what is evaluated.
 A model ``{"data", "hub", "revision"}`` is somebody else's; only its own scores are an artefact.
 """
@@ -48,6 +48,12 @@ def path(root: Path, spec: dict) -> Path:
 def teacher_of(config: dict) -> dict | None:
     """The last teacher of a run, by its targets or by its words; None if it has none."""
     return ([None] + [t for p in config["phases"] for t in (p["teacher"], *(r.get("said", {}).get("by") for r in p["rows"])) if t])[-1]
+
+
+def scored_on(spec: dict, held: list[str]) -> list[str]:
+    """The ``held`` out sets that a model is scored on when it is made: all, or if it was tuned on a domain's rows that domain's."""
+    domains = {part["set"].split("/")[0] for p in spec.get("phases", ()) for part in p["rows"] if "/" in part["set"]}
+    return [name for name in held if not domains or name.split("/")[0] in domains]
 
 
 @lru_cache(maxsize=None)

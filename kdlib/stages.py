@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
@@ -19,7 +20,7 @@ from datasets import Dataset, load_from_disk
 from kdlib import data, evaluate, harness, lab, models, runner, store, teachers, text, trainer
 from kdlib.labels import label
 from kdlib.losses import Objective
-from kdlib.specs import data_of, path, targets_of
+from kdlib.specs import data_of, path, scored_on, targets_of
 
 SOURCES = {"lab": lab, "text": text}
 TRAINED = {"dtype": torch.float32}  # whatever the dtype of the file, since small steps vanish in bfloat16
@@ -60,22 +61,31 @@ def tokenizer_of(spec: dict, corpus: data.Corpus):
     return models.build_tokenizer(corpus.vocabulary, corpus.pretrain() if corpus.vocabulary is None else (), spec["vocab_size"])
 
 
+def room(spec: dict) -> dict:
+    """How :func:`kdlib.data.render` fits rows of the data that ``spec`` fixes: all that is not answered gets what a reply leaves free, or
+    ``prompt_length``, however long the answers are.
+    """
+    return {"max_length": spec["max_length"], "prompt_length": spec.get("prompt_length", spec["max_length"] - spec["max_new_tokens"]), "drop": True}
+
+
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
     corpus = corpus_of(spec)
     tokenizer = tokenizer_of(spec, corpus)
     tokenizer.save_pretrained(folder / "tokenizer")
-    report = {"loading": corpus.report}
+    report, render = {"loading": corpus.report}, partial(data.render, tokenizer=tokenizer, **room(spec))
     for name, rows in corpus.sets.items():
-        rendered, report[name] = data.render(rows, tokenizer, spec["max_length"], drop=True)
+        rendered, report[name] = render(rows)
         if name == "train":
             report[name]["rows_not_used"] = max(0, len(rendered) - spec["train_rows"])
             rendered = rendered.select(range(min(len(rendered), spec["train_rows"])))
         elif "clean" in rows.column_names:
             spoken = [[*m[:-1], {"role": "assistant", "content": c}] for m, c in zip(rendered["messages"], rendered["clean"])]
-            clean, _ = data.render(Dataset.from_dict({"messages": spoken}), tokenizer, spec["max_length"], drop=True)
+            clean, _ = render(Dataset.from_dict({"messages": spoken}))
             clean.save_to_disk(folder / "clean" / name)
         report[name]["distinct_prompts"] = len({hash(json.dumps(m[:-1])) for m in rendered["messages"]})
-        report[name] |= data.lengths(rendered) if corpus.report else {}  # what is drawn has no long rows
+        if corpus.report:  # what is drawn has no long rows, and answers of its own
+            ends = Counter(answer for answer in rendered["answer"] if answer is not None)
+            report[name] |= data.lengths(rendered) | ({"commonest_answer": round(max(ends.values()) / ends.total(), 4)} if ends else {})
         rendered.save_to_disk(folder / "sets" / name, num_proc=data.processes(len(rendered)))
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -180,10 +190,12 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
         for phase in spec.get("phases", ()):
             tune(root, model, known.tokenizer, phase, data_of(spec))
-    if "hub" not in spec:
+    if "hub" in spec:  # which commit its revision was, None of a folder, so that two are not mixed
+        (folder / "commit.json").write_text(json.dumps(getattr(model.config, "_commit_hash", None)))
+    else:
         model.save_pretrained(folder)
         known.tokenizer.save_pretrained(folder)
-    own = {name: score(model, known, name)[0] for name in known.held}
+    own = {name: score(model, known, name)[0] for name in scored_on(spec, known.held)}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
 
 
@@ -200,11 +212,24 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
         said = label(folder / "said", rows.remove_columns(["input_ids", "labels"]), base_url=server, model=by["hub"], **how)
     else:
-        said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how)
+        said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how, finish_reason=spec.get("open", False))
     if known.verify:
         said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
-    data.render(said, known.tokenizer, data_of(by)["max_length"], drop=True)[0].save_to_disk(folder)
+    fit = room(data_of(by))
+    rendered, _ = data.render(said, known.tokenizer, **fit | ({"max_length": 10**9} if spec.get("open") else {}))
+    if spec.get("open"):
+        rendered = rendered.map(_left_open, fn_kwargs={"max_length": fit["max_length"]})
+    rendered.save_to_disk(folder)
     shutil.rmtree(folder / "said")
+
+
+def _left_open(row: dict, max_length: int) -> dict:
+    """A row without the end of an answer that did not come to it, and so with nothing to learn of one that a server refused; read again, words
+    may be more tokens than they were said in.
+    """
+    last = max(i for i, label in enumerate(row["labels"]) if label != data.IGNORE)
+    end = min(max_length, last if row["finish_reason"] in ("length", "refused", "content_filter") else len(row["labels"]))
+    return {k: row[k][:end] for k in ("input_ids", "labels")}
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """From parameters to run records: validated plans, run configurations, and the computing of those that are missing."""
 
 import ast
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from kdlib import results, runner, store
 from kdlib.presets import ARMS, KINDS, METHODS, OPTIONAL, PRESETS, RECIPES, Preset, check
 from kdlib.specs import EXACT
 
-SPEC_VERSION = {"lab": 5, "text": 4}  # raised whenever a change of the code changes what a configuration computes
+SPEC_VERSION = {"lab": 5, "text": 5}  # raised whenever a change of the code changes what a configuration computes
 SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "dry_run", "workers")
-PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "tasks", "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "domains", "pools")}
+PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "tasks", "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "tasks", "domains", "pools")}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def plan(experiment: str, namespace: dict) -> Plan:
     preset, general = PRESETS[name], experiment != "two_stage_domain"
     allowed = "tasks of the harness by name, each with a table of settings" if hasattr(preset, "tasks") else f"{{}}, for preset {name!r} scores by itself"
     if check("tasks", given.get("tasks", {}), dict, allowed, lambda v: not v or (hasattr(preset, "tasks") and all(type(t) is dict for t in v.values()))):
-        preset = Preset(**{**vars(preset), "tasks": given["tasks"]})
+        everywhere = dict.fromkeys(preset.domain["names"], given["tasks"])
+        preset = Preset(**{**vars(preset), **({"tasks": given["tasks"]} if general else {"domain": {**preset.domain, "tasks": everywhere}})})
     if lacking := preset.lacks(experiment):
         able = ", ".join(n for n, p in PRESETS.items() if not p.lacks(experiment))
         raise ValueError(f"preset={name!r} has no {' and no '.join(lacking)}{' teacher' if general else ''}; allowed: {able}.")
@@ -99,7 +101,7 @@ def data_spec(preset: Preset, world_seed: int) -> dict:
     """What fixes the data of a preset in one world."""
     spec = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
             "max_length": preset.max_length, "max_new_tokens": preset.max_new_tokens, "vocab_size": preset.vocab_size, "world_seed": world_seed}
-    return spec | ({"tokenizer": preset.tokenizer} if hasattr(preset, "tokenizer") else {})
+    return spec | {k: vars(preset)[k] for k in ("tokenizer", "prompt_length") if hasattr(preset, k)}
 
 
 def model_spec(preset: Preset, name: str, world_seed: int) -> dict:
@@ -135,7 +137,7 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
     of ``pools``, and at the middle budget with all. ``rate`` holds a learning rate for every stage, instead of the preset's.
     """
     d = preset.domain if experiment == "two_stage_domain" else {}
-    usual, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, []
+    usual, size, runs = d or {**vars(preset), "names": (None,), "pools": (None,)}, {"batch_size": d.get("batch_size", preset.batch_size)}, []
     budgets, seeds, domains, pools = (sorted(set(given or usual[k])) for given, k in (
         (budgets, "budgets"), (seeds, "seeds"), (domains, "names"), (pools, "pools")))
     able = [arm for arm in arms or ARMS[experiment] if d or arm[1] not in OPTIONAL or arm[1] in preset.teachers]
@@ -145,7 +147,7 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         human = {"set": f"{domain}/train" if d else "train", **prefix, **({"alone": True} if alone else {})}
         teacher = model_spec(preset, name, world) if (name := d.get("teacher", name)) else None
         if d:
-            tuning = {**METHODS["sft"], **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
+            tuning = {**METHODS["sft"], **size, **d["tuning"], "learning_rate": preset.rate(d["tuning"]["learning_rate"], budget), "seed": seed}
             teacher = {"start": teacher, "phases": [_phase(preset, [human], **tuning)]}
         said = _said(preset, f"{domain}/pool" if d else "train", teacher, **getattr(preset, "answers", {}), **({"only": prefix} if alone else {}))
         said |= {} if alone else {**prefix, "budget": pool or budget}
@@ -154,15 +156,16 @@ def grid(preset: Preset, experiment: str, world: int, budgets=None, seeds=None, 
         if pool != pools[-1] and not (reads and budget == budgets[len(budgets) // 2]):
             continue
         phases, chosen = [], usual["learning_rate"][method]
-        steps = math.ceil(usual["epochs"] * budget / preset.batch_size) if "epochs" in usual else usual["steps"] // len(stages)
+        steps = math.ceil(usual["epochs"] * budget / size["batch_size"]) if "epochs" in usual else usual["steps"] // len(stages)
         rates = rate or [preset.rate(of_stage, budget) for of_stage in (chosen if isinstance(chosen, list) else [chosen])]
         for (rows, how), at in zip(stages, rates, strict=True):
             phases.append(_phase(preset, [parts[part] for part in rows.split("+")], teacher if how == "kd" else None, seed=seed, learning_rate=at,
-                                 steps=steps, **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
+                                 steps=steps, **size, **{**METHODS[how], **(kd if how == "kd" and kd else {})}))
         labels = {"experiment": experiment, "preset": preset.name, "world_seed": world, "student": preset.model("student"),
                   "method": method, "teacher": name, "domain": domain, "pool": pool if reads else None, "budget": budget, "seed": seed}
         scored = {"on": f"{domain}/{split}" if d else split}
-        scored |= {"tasks": preset.tasks} if hasattr(preset, "tasks") and not d and split == "test" else {}
+        tasks = d.get("tasks", {}).get(domain) if d else getattr(preset, "tasks", None)
+        scored |= {"tasks": tasks} if tasks and split == "test" else {}
         runs.append((labels, {"start": model_spec(preset, d.get("student", "student"), world), "phases": phases, "evaluate": scored}))
     return runs
 
@@ -182,12 +185,13 @@ def run(plan: Plan) -> list[dict]:
                          f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
     if missing:
         from kdlib import jobs, stages
-        if tasks := getattr(plan.preset, "tasks", None):
-            stages.harness.check_tasks(tasks)
+        for asked in {json.dumps(c["evaluate"]["tasks"]) for c in plan.configs if "tasks" in c["evaluate"]}:
+            stages.harness.check_tasks(json.loads(asked))
         runner.launch_settings()  # ValueError if they are none
         todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)
-        if have:  # made elsewhere, perhaps, where the same specification gives other models
-            runner.compute({t: cost for t, cost in todo.items() if t.func is not jobs.execute}, plan.workers, needs)
+        theirs = {name for r in found for name in r["provenance"]["artefacts"]}  # made elsewhere, perhaps, where the same specification gives others
+        if again := {t: cost for t, cost in todo.items() if t.func is stages.make and stages.path(plan.root, t.args[1]).name in theirs}:
+            runner.compute(again, plan.workers, needs)
             _check_one_origin(plan, found)
         runner.compute(todo, plan.workers, needs)
         found = results.read_records(plan.root, plan.preset.name, plan.ids)

@@ -118,20 +118,22 @@ def write_cache(folder: str | Path, model, tokenizer, rows: Sequence[dict], *, f
 
 
 def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
-                  seed: int = 0, shard_rows: int = 1000) -> Dataset:
-    """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled. It reads
-    rendered rows (``input_ids``, ``labels``, which the answers leave behind) as training does, others whole. Fine-tuning on them is
-    sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is written as a cache's.
+                  seed: int = 0, shard_rows: int = 1000, finish_reason: bool = False) -> Dataset:
+    """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled, and if asked
+    for with its ``finish_reason``, ``stop`` or ``length``. It reads rendered rows (``input_ids``, ``labels``, which the answers leave behind)
+    as training does, others whole. Fine-tuning on them is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is
+    written as a cache's.
     """
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in rows]),
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows}
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows, **({"finish_reason": True} if finish_reason else {})}
 
     def build(work: Path, rows: list[dict], number: int) -> None:
         torch.manual_seed(seed * 1_000_003 + number)
-        said = replies(model, tokenizer, [prompt(r) for r in rows], max_new_tokens, temperature)
-        spoken = [[*r["messages"][:-1], {"role": "assistant", "content": text}] for r, text in zip(rows, said)]
+        said, why = replies(model, tokenizer, [prompt(r) for r in rows], max_new_tokens, temperature)
+        own = [{"messages": [*r["messages"][:-1], {"role": "assistant", "content": text}], **({"finish_reason": end} if finish_reason else {})}
+               for r, text, end in zip(rows, said, why)]
         kept = [{k: v for k, v in r.items() if k not in ("input_ids", "labels")} for r in rows]
-        Dataset.from_list([{**r, "messages": m} for r, m in zip(kept, spoken)]).save_to_disk(work)
+        Dataset.from_list([{**r, **more} for r, more in zip(kept, own)]).save_to_disk(work)
 
     folder = _write(Path(folder), spec, parts := _shards(rows, shard_rows, build))
     return concatenate_datasets([load_from_disk(store.check_files(folder / name)) for name in parts])

@@ -171,7 +171,7 @@ def test_what_is_told_is_what_committed_runs_recorded(name, every, most):
     files = sorted((results.REPOSITORY / "results" / name / "runs").glob("*.json"))[::every]
     found = costs.check(records := [results.read_record(f) for f in files])
     print(f"\n{name}, {len(files)} records, {found.attrs}\n{found.round(3)}")
-    assert (found.error < most).all() and (found.worst.iloc[:2] < [0.1, 0.25]).all()
+    assert (found.error < most).all() and (found.worst.iloc[:2] < [0.2, 0.25]).all(), "answers that teachers write differ in length by teacher"
     for r in sorted(records, key=lambda r: r["run_id"])[1::2]:
         r["provenance"] |= {k: 2 * r["provenance"][k] for k in ("tokens", "train_s")}
     found = costs.check(records)
@@ -214,7 +214,7 @@ def paper(tmp_path):
                   for name in ("meta-llama/Llama-3.2-1B", "allenai/Llama-3.1-Tulu-3-8B-SFT"))
     how = {"steps": 1000, "batch_size": 64, "cache": {"form": "top_k", "k": 64, "dtype": "float16"}, "training": {"bf16": True, **AGAIN}}
     runs = [({"experiment": "data_budget", "domain": None, "method": method, "teacher": teacher and "base", "pool": None, "budget": budget},
-             {"start": start, "phases": [{"rows": [{"set": "train", "budget": budget, "seed": 0}], "teacher": teacher, **how}], "evaluate": {"on": "test"}})
+             {"start": start, "phases": [{"rows": [{"set": "train", "budget": budget, "seed": 0}], "teacher": teacher, **how}], "evaluate": {"on": "test", "tasks": {"gsm8k": {}, "mmlu": {"limit": 100}, "riddles": {}}}})
             for method, teacher in (("sft", None), ("kd", big)) for budget in (1000, 100_000)]
     return study.Plan(preset, tuple(runs), store.open_folder(tmp_path / "results"), False, True, 0)
 
@@ -224,17 +224,22 @@ def test_a_plan_of_hub_models_is_told_by_hand(paper):
     assert table.cache_bytes["cache"] == 100_000 * 250 * (64 * (4 + 2) + 4) and table.disk_bytes["hub"] == 2 * (s.weights + big.weights)
     assert table.flops["evaluate"] == 4 * costs.flops(s, 64_000, 64_000 * 400, 64_000 * 250, AGAIN)
     assert table.flops["cache"] == pytest.approx(2 * (4e7 * 7e9 + 2.5e7 * 0.5e9), rel=0.03), "two a weight and token, of head and body"
+    maths, many = (costs.TABLE["benchmarks"][n] for n in ("gsm8k", "mmlu"))
+    assert table["count"]["asked"] == 2 * (4 + 2) and table["count"]["answered"] == 4 + 2, "students and, once, the models before"
+    assert table.tokens["asked"] == 6 * (maths["documents"] * maths["read"] + 100 * many["read"])
+    assert table.tokens["answered"] == 6 * maths["documents"] * maths["replied"] and table.attrs["not counted"] == ["riddles"]
 
 
 @pytest.mark.parametrize("which, texts", [
-    ("smoke", ["data_budget, smoke: 0 of 8 runs found", "0 of 2", "max_length, an upper bound", "base pre-training"]),
+    ("smoke", ["data_budget, smoke: 0 of 8 runs found", "0 of 2", "max_length, an upper bound", "base pre-training", "not counted: nothing", "teacher's tuning"]),
     ("lab", ["98 of 98 runs found", "7 of 7", "means of 64 records", "as in the records"]),
-    ("paper", ["data_budget, paper: 0 of 4 runs found", "a row: typical", "hub models", "9.70G"])])
+    ("paper", ["data_budget, paper: 0 of 4 runs found", "a row: typical", "hub models", "9.70G", "benchmarks' prompts", "not counted: riddles"])])
 def test_a_report_is_printed(which, texts, paper, tmp_path, capsys):
     given = {"preset": which, "results_dir": str(tmp_path / "x") if which == "smoke" else ""}
     costs.report(paper if which == "paper" else study.plan("data_budget", given), ranks=2)
     shown = capsys.readouterr().out
-    assert not [t for t in (*texts, "H100 SXM", "hours of one", "bytes on each of 2", "recomputed", "answers", "students' runs") if t not in shown], shown
+    assert not [t for t in (*texts, "H100 SXM", "hours of one", "bytes on each of 2", "recomputed", "answers", "students' runs", "flops", "cache_bytes",
+                           "disk_bytes", "weights", "AdamW", "all", "relative errors of these formulas for", "is assumed, not measured") if t not in shown], shown
 
 
 def test_a_launch_configuration_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -265,9 +270,10 @@ def test_lengths_are_those_of_the_sets_that_runs_mix():
     wanted = {"a/train": 10, "a/pool said": 50, "a/pool": 50, "a/test": 10, "train": 20, "test": 20, "b/test": 20}
     assert all(length(name) == pytest.approx([n, n / 2]) for name, n in wanted.items())
     table = costs.estimate(study.plan("two_stage_domain", {"preset": "realtext"}))
-    d = PRESETS["realtext"].source["domains"]  # of six teachers in each, by themselves and in the mixture
-    rows = sum(d[n]["unlabelled_rows"] * said + d[n]["annotated_rows"] * human for n, said, human in (("maths", 90, 117), ("medical", 108, 97)))
-    assert table["count"]["cache"] == 36 and table["response_tokens"]["cache"] == pytest.approx(6 * 2 * rows, rel=0.03)
+    record = results.read_record(next((results.REPOSITORY / "results" / "realtext" / "runs").glob("*.json")))
+    kept = {name: told["rows"] - told["rows_dropped"] for name, told in record["provenance"]["data_report"].items() if "rows" in told}
+    rows = sum(kept[f"{d}/pool"] * said + kept[f"{d}/train"] * human for d, said, human in (("maths", 86, 105), ("medical", 76, 95)))
+    assert table["count"]["cache"] == 36 and table["response_tokens"]["cache"] == pytest.approx(6 * 2 * rows, rel=0.03), "six teachers in each, alone and mixed"
 
 
 def test_importing_costs_needs_no_torch():

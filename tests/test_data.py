@@ -58,12 +58,12 @@ def test_shortening_cuts_the_middle_of_the_prompt_and_never_the_answer():
         stretches = [(rng.random() < 0.5, rng.randint(1, 40)) for _ in range(rng.randint(1, 5))]
         labels = [i if answer else IGNORE for i, (answer, n) in enumerate(stretches) for _ in range(n)]
         ids = list(range(len(labels)))
-        limit = rng.randint(5, 120)
+        limit, asked = rng.randint(5, 90), labels.count(IGNORE)
         cut = data.shorten_prompt(ids, labels, limit)
-        if len(ids) <= limit:
+        if asked <= limit:
             assert cut == (ids, labels)
         elif cut is not None:
-            assert len(cut[0]) == limit
+            assert cut[1].count(IGNORE) == limit
             assert [t for t, label in zip(*cut) if label != IGNORE] == [t for t, label in zip(ids, labels) if label != IGNORE]
             gone = sorted(set(ids) - set(cut[0]))
             ends = [0, *(j for j in range(1, len(ids)) if (labels[j] == IGNORE) != (labels[j - 1] == IGNORE)), len(ids)]
@@ -72,10 +72,19 @@ def test_shortening_cuts_the_middle_of_the_prompt_and_never_the_answer():
                 assert own == list(range(own[0], own[-1] + 1)) if own else True, "one piece of each"
                 assert not own or (own[0] - start >= 4 and end - own[-1] > 4), "its head and its tail stay"
             longest = max((e - s for s, e in zip(ends, ends[1:]) if labels[s] == IGNORE), default=0)
-            assert len({next(s for s in reversed(ends) if s <= i) for i in gone}) == 1 or len(ids) - limit > longest - 8, "others only if need be"
+            assert len({next(s for s in reversed(ends) if s <= i) for i in gone}) == 1 or asked - limit > longest - 8, "others only if need be"
         else:
             spare = sum(max(0, e - s - 8) for s, e in data.stretches(labels) if labels[s] == IGNORE)
-            assert len(ids) - limit > spare
+            assert asked - limit > spare
+
+
+def test_a_shortened_prompt_does_not_tell_how_long_the_answer_is(bpe):
+    asked, answers = "cat " * 80, ["ran", "the door", "dog " * 14]
+    rendered, _ = data.render(Dataset.from_dict({"messages": [talk(asked, a) for a in answers]}), bpe, 64, prompt_length=24)
+    prompts = {tuple(t for t, label in zip(r["input_ids"], r["labels"]) if label == IGNORE) for r in rendered}
+    assert len(prompts) == 1 and len(prompts.pop()) == 24 and len({len(r["input_ids"]) for r in rendered}) == 3
+    left, report = data.render(Dataset.from_dict({"messages": [talk("cat", "dog " * 30), talk(asked, "dog " * 14)]}), bpe, 48, drop=True, prompt_length=40)
+    assert report["rows_dropped"] == 1 and len(left[0]["input_ids"]) < 48, "an answer may have what a short prompt leaves"
 
 
 def test_render_counts_what_it_did(bpe):
@@ -88,7 +97,8 @@ def test_render_counts_what_it_did(bpe):
     assert list(rendered["id"]) == ["a", "c"]
     full = len(data.encode(rows[0]["messages"], bpe)[0])
     assert report["rows"] == 3 and report["rows_dropped"] == 1 and report["prompts_shortened"] == 1
-    assert report["prompt_tokens_cut"] == full - 40 and report["answer_tokens_cut"] == 0
+    answer = len(bpe(answers[0])["input_ids"]) + 1
+    assert report["prompt_tokens_cut"] == full - answer - 20 and len(rendered[0]["input_ids"]) == 20 + answer and report["answer_tokens_cut"] == 0
     assert report["response_tokens"] == sum(t != IGNORE for labels in rendered["labels"] for t in labels)
     for i, wanted in enumerate(("ran", "the door")):
         spoken = [t for t in rendered[i]["labels"] if t != IGNORE]
@@ -97,7 +107,7 @@ def test_render_counts_what_it_did(bpe):
 
 def test_several_processes_render_what_one_does(bpe):
     rows = Dataset.from_dict({"id": [str(i) for i in range(30)], "messages": [talk("cat " * (3 * i + 1), "dog " * (i + 1)) for i in range(30)]})
-    (one, counts), (several, same) = (data.render(rows, bpe, 24, drop=True, num_proc=n) for n in (None, 2))
+    (one, counts), (several, same) = (data.render(rows, bpe, 60, drop=True, num_proc=n) for n in (None, 2))
     assert counts == same and 0 < counts["rows_dropped"] < 30 and several.column_names == one.column_names and several.to_list() == one.to_list()
     assert data.lengths(one) == data.lengths(several)
     sizes = [len(r["labels"]) for r in one]

@@ -145,9 +145,9 @@ def test_12_division_by_zero_without_response_tokens(learner, rows):
 
 def test_13_truncation_that_cuts_the_instruction_or_the_answer(tokenizer):
     prompt, answer = list(range(10, 90)), list(range(100, 120))
-    ids, labels = data.shorten_prompt(prompt + answer, [-100] * 80 + answer, 60)
+    ids, labels = data.shorten_prompt(prompt + answer, [-100] * 80 + answer, 40)
     assert len(ids) == 60 and ids[:20] == prompt[:20] and ids[20:40] == prompt[-20:] and ids[40:] == labels[40:] == answer
-    assert data.shorten_prompt(prompt[:10] + answer, [-100] * 10 + answer, 20) is None, "dropped and counted, not cut"
+    assert data.shorten_prompt(prompt[:10] + answer, [-100] * 10 + answer, 5) is None, "dropped and counted, not cut"
 
 
 def test_14_a_mean_of_means_over_micro_batches(learner, rows):

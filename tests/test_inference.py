@@ -102,19 +102,26 @@ def test_an_attention_that_reads_rows_apart_says_the_same_elsewhere_and_is_not_s
     assert inference.generate(plain, prompts, **how) == inference.generate(taught, prompts, **how)
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_rows_are_read_apart_without_cudnn_which_stays_as_it_was(monkeypatch, planned):
-    model, switch, seen = model_of("Llama"), torch.backends.cuda.cudnn_sdp_enabled, []
+@pytest.mark.parametrize("half", [torch.bfloat16, None])
+def test_rows_are_read_at_once_where_torch_can(monkeypatch, half):
+    """On CUDA; here by a plain function of the same arguments as torch's."""
+    def at_once(query, key, value, starts, others, longest, long, *, scale, window_size):
+        assert window_size == (-1, 0) and longest == long == int(starts.diff().max()) and starts is others and starts.dtype == torch.int32
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16 and query.shape == key.shape == value.shape
+        rows = zip(*(x.transpose(0, 1).tensor_split(starts[1:-1].long(), 1) for x in (query, key, value)))
+        return torch.cat([torch.nn.functional.scaled_dot_product_attention(*row, is_causal=True, scale=scale) for row in rows], 1).transpose(0, 1)
+
+    assert inference._varlen(torch.device("cpu"), torch.bfloat16, 8) is None and not torch.backends.cuda.cudnn_sdp_enabled()
+    model, asked = model_of("Qwen3").to(half or torch.float32), []
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
     assert inference.keeps_rows_apart(model)
-    attend = inference.sdpa_attention_forward
-    monkeypatch.setattr(inference, "sdpa_attention_forward", lambda *args, **kwargs: (seen.append(switch()), attend(*args, **kwargs))[1])
-    before = switch()
-    torch.backends.cuda.enable_cudnn_sdp(planned)
-    try:
-        model(**inference.taken({"input_ids": torch.arange(7)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "rows": torch.tensor([3, 4])}))
-        assert seen and not any(seen) and switch() is planned
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+    batch = {"input_ids": torch.arange(5, 12)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "rows": torch.tensor([3, 4])}
+    with torch.autocast("cpu", enabled=half is None):  # under which rotation leaves wider queries and keys
+        apart = model(**inference.taken(batch)).logits
+        monkeypatch.setattr(inference, "_varlen", lambda *about: (asked.append(about), at_once)[1])
+        together = model(**inference.taken(batch)).logits
+    assert asked and {about[1] for about in asked} == {torch.bfloat16}
+    torch.testing.assert_close(together, apart, rtol=2e-2, atol=2e-2)
 
 
 def test_a_model_that_ignores_positions_does_not_keep_rows_apart():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kdlib import evaluate, labels, models
+from kdlib import data, evaluate, labels, models, specs, stages, store
 from kdlib.labels import label
 
 for package in ("openai", "fastapi", "uvicorn"):
@@ -106,7 +106,7 @@ def lines(folder):
 def test_the_answers_are_the_models_own_and_an_unfinished_file_is_gone_on_with(served, tmp_path, capsys):
     how, model, tokenizer = served
     whole = label(tmp_path, Dataset.from_list(ANSWERED), **how, top_logprobs=2)
-    own = evaluate.replies(model, tokenizer, [r["messages"] for r in ASKED], 6)
+    own = evaluate.replies(model, tokenizer, [r["messages"] for r in ASKED], 6)[0]
     assert said(whole) == own and len(set(own)) > 6
     assert [{**r, "messages": r["messages"][:-1]} for r in whole.select_columns(["id", "skill", "messages"])] == ASKED
     assert whole["logprobs"][:] == [None] * 12 and set(whole["finish_reason"]) <= {"length", "stop"}
@@ -220,3 +220,47 @@ def test_a_folder_of_other_settings_is_refused_and_bad_ones_are_named(scripted, 
     with pytest.raises(ValueError, match=r"the openai package, which is missing; pip install 'kdlib\[serve\]'"):
         label(tmp_path / "b", ASKED, **scripted.how)
     assert len(scripted.bodies) == 12 and not (tmp_path / "b").exists()
+
+
+def words_of(folder, tmp_path):
+    """A results folder and the specification of the answers of the model in ``folder`` to a small set, as the paper's presets have it."""
+    rows = [{"id": f"r{i}", "source": "a", "messages": [{"role": "user", "content": f"what is {i} plus {i} ?"}, {"role": "assistant", "content": "7"}]} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = {"kind": "text", "train": {"local": str(tmp_path / "rows.jsonl")}, "test": {}, "validation_rows": 5, "test_rows": 5}
+    known = {"version": 1, "source": source, "train_rows": 40, "max_length": 64, "max_new_tokens": 6, "vocab_size": 0, "world_seed": 0,
+             "tokenizer": {"name": folder, "revision": None, "template": None}}
+    return store.open_folder(tmp_path / "results"), {"by": {"hub": folder, "revision": None, "data": known}, "set": "train", "temperature": 0.0, "seed": 0, "open": True}
+
+
+def test_a_teacher_behind_a_server_says_what_it_says_here(served, tmp_path, monkeypatch):
+    how, folder = served[0], served[0]["model"]
+    root, spec = words_of(folder, tmp_path)
+    here = stages.read_rows(root, [{"set": "train", "said": spec}], spec["by"]["data"])[0][:]
+    monkeypatch.setenv("KDLIB_SERVER", how["base_url"])
+    (tmp_path / "apart").mkdir()
+    there = stages.read_rows(store.open_folder(tmp_path / "apart" / "results"), [{"set": "train", "said": spec}], spec["by"]["data"])[0][:]
+    assert len(here) == 40 and here == there and len({tuple(r["input_ids"]) for r in here}) == 40
+
+
+def test_of_what_a_server_refuses_nothing_is_learned_and_a_stopped_stage_goes_on(served, scripted, tmp_path, monkeypatch):
+    def reply(body, times):
+        number = int(body["messages"][-1]["content"].split()[2])
+        if number == numbers[20] and broken:
+            return 401, "no more"
+        return ((400, "the prompt is too long") if number % 10 == 3 else (200, "5 6", {"finish_reason": "length"}) if number % 10 == 4 else (200, "5"))
+
+    root, spec = words_of(served[0]["model"], tmp_path)
+    known, broken, scripted.reply = stages.read_data(root, spec["by"]["data"]), True, reply
+    numbers = [int(m[0]["content"].split()[2]) for m in known.rows("train")["messages"]]
+    monkeypatch.setenv("KDLIB_SERVER", scripted.how["base_url"])
+    with pytest.raises(RuntimeError, match=r"base_url='.*' fails as model='.*' \(.*\); [1-9]\d? of 40 answers are in .*: check base_url"):
+        stages.make(root, spec)
+    broken = False
+    rows = stages.read_rows(root, [{"set": "train", "said": spec}], spec["by"]["data"])[0][:]
+    assert len(scripted.bodies) == 40 + 1, "what had been answered is not asked for again"
+    end = known.tokenizer.eos_token_id
+    for number, row in zip(numbers, rows, strict=True):
+        learned = [t for t in row["labels"] if t != data.IGNORE]
+        said = known.tokenizer.decode(learned, skip_special_tokens=True).strip()
+        assert (said, end in learned) == {3: ("", False), 4: ("5 6", False)}.get(number % 10, ("5", True)), row
+    assert specs.path(root, spec).is_dir()

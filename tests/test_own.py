@@ -16,10 +16,10 @@ def shelf(tmp_path_factory):
     return root
 
 
-def call(shelf, output_dir, **more):
+def call(shelf, output_dir, student="meta-llama/Llama-3.2-1B", **more):
     models = shelf / "models"
     settings = {"template": "tulu", "max_length": 128, "batch_size": 16, "learning_rate": {"sft": 1e-3, "kd": 2e-3}, "seeds": [0, 1], "test_rows": 20}
-    return kdlib.distill(str(models / "meta-llama/Llama-3.2-1B"), str(models / "allenai/Llama-3.1-Tulu-3-8B-SFT"), str(shelf / "data" / "tulu-3-sft-mixture"),
+    return kdlib.distill(str(models / student), str(models / "allenai/Llama-3.1-Tulu-3-8B-SFT"), str(shelf / "data" / "tulu-3-sft-mixture"),
                          output_dir, **{**settings, **more})
 
 
@@ -71,7 +71,8 @@ def test_a_second_call_trains_nothing_and_finds_the_same(done, shelf):
     ({"cache": {"k": 10**6}}, r"k=1000000 is not allowed; allowed: 1 to \d+"),
     ({"cache": {"form": "sampled"}, "kind": "reverse_kl"}, "kind='reverse_kl' with a sampled cache would be biased"),
     ({"alpha": 2.0}, "alpha=2.0 is not allowed"), ({"template": "vicuna"}, "template='vicuna' is not allowed; allowed: tulu, chatml"),
-    ({"template": None}, "has no chat template; allowed: a template of kdlib's")])
+    ({"template": None}, "The tokenizer of '.*Llama-3.2-1B' has no chat template; allowed: a template of kdlib's"),
+    ({"template": None, "student": "allenai/Llama-3.1-Tulu-3-8B"}, "The chat template of '.*Tulu-3-8B' marks no assistant tokens; allowed: a template of kdlib's")])
 def test_what_does_not_fit_is_said_before_any_training(shelf, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         call(shelf, tmp_path / "out", **change)
@@ -87,6 +88,18 @@ def test_a_temperature_is_the_caches_too_and_a_copy_of_the_hubs_data_is_taken(sh
     card = (found.model / "README.md").read_text(encoding="utf-8")
     assert "datasets: [tulu-3-sft-mixture]" in card and '"learning_rate": {"sft": 1.23e-05, "kd": 1.23e-05}' in card
     assert {r["config"]["phases"][0]["learning_rate"] for r in found.records} == {1.23e-5}
+
+
+def test_a_long_prompt_is_shortened_to_half_and_a_row_that_is_still_too_long_is_counted(shelf, tmp_path, capsys):
+    words = " ".join(hub.WORDS)
+    rows = [{"id": str(i), "messages": [{"role": "user", "content": f"{i} {words * (4 if i % 2 else 1)}"}, {"role": "assistant", "content": words if i else words * 9}]} for i in range(60)]
+    data = hub.write_rows(tmp_path / "long.jsonl", rows)
+    models = shelf / "models"
+    found = kdlib.distill(str(models / "meta-llama/Llama-3.2-1B"), str(models / "allenai/Llama-3.1-Tulu-3-8B-SFT"), str(data), tmp_path / "long", template="tulu",
+                          max_length=160, epochs=0.1, seeds=[0, 1], test_rows=3, validation_rows=3)
+    report = found.records[0]["provenance"]["data_report"]["train"]
+    assert report["rows_dropped"] <= 1 and report["prompts_shortened"] > 10 and report["tokens_most"] <= 160
+    assert f"{report['prompts_shortened']} with a shortened prompt; {report['rows_dropped']} longer than 160 tokens left out" in capsys.readouterr().out
 
 
 def test_models_of_other_tokens_are_refused(shelf, tmp_path):

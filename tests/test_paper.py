@@ -2,8 +2,13 @@
 
 import errno
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import hub
 import pandas as pd
@@ -92,23 +97,27 @@ def test_two_processes_train_as_one_does(shelf, tmp_path, monkeypatch):
     assert found[0]["provenance"]["tokens"] == found[1]["provenance"]["tokens"]
 
 
-def test_teachers_words_and_domains_take_the_same_way(shelf, tmp_path):
-    asked = {"preset": "paper", "seeds": [0, 1], "tasks": {shelf[1]: {}}, "results_dir": str(tmp_path)}
-    teachers_ = study.plan("teacher_strength", {**asked, "budgets": [16, 32]})
-    domains = study.plan("two_stage_domain", {**asked, "budgets": [16, 32], "pools": [20, 40]})
-    for plan, arm, split in ((teachers_, ("kd", "strong"), "test"), (teachers_, ("seq_kd", "strong"), "test"), (domains, ("kd_then_sft", None), "medical/test")):
-        labels, config = next(run for run in plan.runs if (run[0]["method"], run[0]["teacher"]) == arm or run[0]["method"] == arm[0] == "kd_then_sft")
-        text = re.sub(r'"steps": (30|60)\b', '"steps": 2', json.dumps(config)).replace('"batch_size": 128', '"batch_size": 8')
-        own = json.loads(text)
-        for task in jobs.tasks([(labels, own)], plan.root, "accuracy")[0]:
-            task()
-        record, = results.read_records(plan.root, "paper", [results.run_id(own)])
-        m, asked_of = record["metrics"], record["items"]
-        assert m["teacher_nll"] > 0 and m["train_loss"] > 0 and own["evaluate"]["on"] == split
-        if split == "test":
-            assert set(asked_of["skill"]) >= {"animals"} and 0 <= m["accuracy"] <= 1 and "teacher_accuracy" in m
-        else:
-            assert set(asked_of["correct"]) <= {0, 1} and len(asked_of["correct"]) == 24 and "general_accuracy" in m
+def test_teachers_and_domains_take_the_same_way_through_their_notebooks(shelf, tmp_path):
+    """With a preset of one's own, whose runs are shorter."""
+    (tmp_path / "small.toml").write_text('[small]\nlike = "paper"\nmax_new_tokens = 8\nbatch_size = 16\ndomain = { steps = 4, batch_size = 8 }\n')
+    asked, found = {"preset": "small", "budgets": [16, 32], "seeds": [0, 1], "tasks": {shelf[1]: {}}, "results_dir": str(tmp_path / "results")}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_PRESETS", str(tmp_path / "small.toml"))
+        for experiment, notebook, more in (("teacher_strength", "03_teacher_strength", {}), ("two_stage_domain", "04_two_stage_domain", {"pools": [20, 40]})):
+            papermill.execute_notebook(str(results.REPOSITORY / "notebooks" / f"{notebook}.ipynb"), str(tmp_path / f"{notebook}.ipynb"), {**asked, **more, "workers": 2},
+                                       progress_bar=False, log_output=False, kernel_name="python3")
+    for r in (results.read_record(p) for p in (tmp_path / "results" / "small" / "runs").glob("*.json")):
+        m, items = r["metrics"], r["items"]
+        found[r["experiment"], r["method"], r["teacher"], r["budget"], r["seed"], r["pool"]] = r
+        assert {"animals"} < set(items["skill"]) and m["accuracy"] == pytest.approx(sum(c for c in items["correct"] if c is not None) / 20)
+        assert m["train_loss"] > 0 and (r["method"] in ("sft", "seq_kd", "human_sft", "synthetic_sft") or m["teacher_nll"] > 0)
+        assert ("general_nll" in m) == (r["experiment"] == "two_stage_domain") == r["config"]["evaluate"]["on"].startswith("medical/")
+        assert {p["batch_size"] for p in r["config"]["phases"]} == {8 if r["domain"] else 16}
+    assert len(found) == (6 * 4) + (8 * 4 + 6 * 2), "arms by budgets and seeds, and a smaller pool at the larger budget"
+    claims = {c["claim"] for p in (tmp_path / "results" / "small").rglob("claims.json") for c in json.loads(p.read_text())}
+    assert {"C2a", "C2b", "C2"} <= claims and any(c.startswith("C3 medical") for c in claims)
+    said = (tmp_path / "04_two_stage_domain.ipynb").read_text()
+    assert re.search(r"nats per token of human answers on general test rows after tuning in a domain, \d+\.\d{3} to \d+\.\d{3}; before it, not known", said)
 
 
 def test_qwen_takes_the_same_way(shelf, tmp_path):
@@ -200,9 +209,39 @@ def test_models_that_cannot_be_had_are_named_with_the_remedy(shelf, tmp_path, mo
         assert torch.equal(models.load(name)[0].lm_head.weight, model.lm_head.weight)
 
 
+class Gate(BaseHTTPRequestHandler):
+    """A hub that has what is asked for, for others."""
+
+    def do_HEAD(self):
+        self.send_response(401)
+        for name, value in (("X-Error-Code", "GatedRepo"), ("X-Error-Message", "Access to it is restricted."), ("Content-Length", "0")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("code, message", [
+    ("from kdlib import models; models.load_tokenizer('some/gated')",
+     r"ValueError: 'some/gated' cannot be loaded .*it is gated; ask for access on its page and log in with `hf auth login`, or set KDLIB_MODELS to a folder that holds some/gated"),
+    ("from kdlib import text; text.load_rows({'hub': 'some/gated', 'local': 'its-rows'})",
+     r"FileNotFoundError: Neither the hub nor local data can be reached for 'some/gated' .*\(gated sets: `hf auth login`\), or set KDLIB_DATA to a folder that holds 'its-rows'")])
+def test_what_is_gated_is_named_with_both_remedies(tmp_path, code, message):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gate) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        known = {k: v for k, v in os.environ.items() if not k.startswith(("KDLIB_", "HF_"))}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={
+            **known, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)})
+        server.shutdown()
+    assert done.returncode == 1 and re.fullmatch(message + r".*\.", done.stderr.strip().splitlines()[-1]), done.stderr
+
+
 def test_a_template_that_marks_nothing_is_refused(shelf):
     tulu = models.load_tokenizer("allenai/Llama-3.1-Tulu-3-8B-SFT")
-    with pytest.raises(ValueError, match="marks no assistant tokens: it needs {% generation %}"):
+    with pytest.raises(ValueError, match="The chat template of '.*' marks no assistant tokens; allowed: a template of kdlib's .tulu, chatml., or one with {% generation %} around"):
         data.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tulu)
     with pytest.raises(ValueError, match="has no chat template; allowed: a template of kdlib's"):
         data.encode([{"role": "user", "content": "a"}], models.load_tokenizer("meta-llama/Llama-3.2-1B"))

@@ -44,6 +44,15 @@ def test_processes_share_the_work(tmp_path, capsys):
     assert "12 of 12 tasks, 100%" in said.out and " left" in said.out and not said.err
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_worker_gives_an_accelerators_memory_back_after_a_task(monkeypatch, there):
+    done = []
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: there)
+    monkeypatch.setattr("torch.accelerator.empty_cache", lambda: done.append("emptied"))
+    runner._do(lambda: done.append("task"))
+    assert done == ["task", "emptied"][:1 + there]
+
+
 def test_the_bar_weighs_tasks_by_their_cost(tmp_path, capsys):
     runner.compute(task(tmp_path, "light", 1.0) | task(tmp_path, "heavy", 3.0), workers=1)
     said = capsys.readouterr().out

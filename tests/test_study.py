@@ -183,6 +183,32 @@ def test_lab_and_realtext_are_as_large_as_promised():
     lab, real = PRESETS["lab"], PRESETS["realtext"]
     assert len(lab.budgets) >= 6 and len(lab.seeds) >= 5 and len(real.budgets) >= 4 and len(real.seeds) >= 3
     assert not set(lab.sweep["worlds"]) & set(lab.worlds) and not set(real.sweep["seeds"]) & set(real.seeds)
+    gpu, words = PRESETS["realtext-gpu"], models.build_tokenizer([str(i) for i in range(PRESETS["realtext-gpu"].vocab_size)])
+    assert models.build_model(gpu.model("student"), words, 0).num_parameters() >= 30e6 and min(len(gpu.seeds), len(gpu.domain["seeds"])) >= 5
+    for sized in (lab, real, gpu):
+        half = sized.domain["steps"] // 2 * sized.domain.get("batch_size", sized.batch_size)
+        assert max(sized.budgets) <= sized.steps * sized.batch_size, "a budget is seen once at least"
+        assert max(sized.domain["budgets"]) <= half, "as are a domain's annotations, in half of the steps"
+        assert sized is lab or max(sized.domain["pools"]) <= half, "and its pool"
+    for sized in (real, gpu):
+        assert sized.source["domains"]["maths"]["unlabelled_rows"] == sized.domain["pool_rows"]
+    assert max(max(rates.values()) for rates in gpu.learning_rate.values()) <= gpu.bases["student"]["learning_rate"], "small models bear higher rates"
+
+
+def test_a_model_tuned_on_a_domain_is_scored_on_that_alone():
+    held = ["test", "market/test", "market/validation", "markets/test"]
+    for _, config in study.grid(TINY, "two_stage_domain", 0):
+        assert specs.scored_on(specs.teacher_of(config) or config, held) == held[1:3] and specs.scored_on(config["start"], held) == held
+
+
+def test_a_domain_may_have_batches_of_its_own():
+    for size in (None, 3):
+        preset = changed(TINY, domain={**TINY.domain, **({"batch_size": size} if size else {})})
+        for labels, config in study.grid(preset, "two_stage_domain", 0):
+            teacher = specs.teacher_of(config)
+            own = {p["batch_size"] for p in [*config["phases"], *(teacher["phases"] if teacher else ())]}
+            assert own == {size or TINY.batch_size}
+        assert {p["batch_size"] for _, config in study.grid(preset, "data_budget", 0) for p in config["phases"]} == {TINY.batch_size}
 
 
 def test_records_hold_what_the_dictionary_says(tiny_records):
@@ -359,6 +385,23 @@ def test_runs_are_not_added_to_records_of_other_models(tiny_root, tiny_records, 
     assert not path.exists(), "nothing was trained"
 
 
+def test_what_the_records_there_do_not_share_is_made_beside_the_runs(tiny_root, tmp_path, monkeypatch):
+    shutil.copytree(tiny_root, tmp_path / "r")
+    calls, made = [], plan(tmp_path / "r")
+    monkeypatch.setattr(study.runner, "compute", lambda todo, *how: calls.append({t.func.__name__ for t in todo}))
+    for run_id, config in zip(made.ids, made.configs):
+        if config["phases"][0]["teacher"]:
+            results.record_path(made.root, "tiny", run_id).unlink()
+    shutil.rmtree(next((made.root / ".cache").glob("targets-*")))
+    study.run(made)
+    assert calls == [{"make", "execute"}], "no core waits for artefacts that runs of others do not need"
+    for folder in (made.root / ".cache").glob("base-*"):
+        shutil.rmtree(folder)
+    calls.clear()
+    study.run(made)
+    assert calls == [{"make"}, {"make", "execute"}]
+
+
 def test_records_of_other_data_than_those_at_hand_are_not_shown(tiny_root, tiny_records, tmp_path):
     shutil.copytree(tiny_root / ".cache", tmp_path / "r" / ".cache")
     store.write_atomic(tmp_path / "r" / store.MARKER, json.dumps(store.FORMAT))
@@ -435,7 +478,7 @@ def text_preset(monkeypatch, folder):
     tuning = {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}
     return changed(
         real, source={**real.source, "validation_rows": 10, "test_rows": 25, "domains": domains}, train_rows=140, max_length=64, vocab_size=400,
-        max_new_tokens=6, bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
+        max_new_tokens=24, bases={name: {**base, **quick} for name, base in real.bases.items()}, steps=4, batch_size=4, budgets=(10, 140),
         teachers={name: {**t, "tuning": tuning} for name, t in real.teachers.items()},
         domain={**real.domain, "rows": 30, "pool_rows": 30, "budgets": [10, 20], "pools": [10, 20], "seeds": [0, 1], "steps": 4})
 
@@ -448,6 +491,13 @@ def test_human_text_has_teachers_and_domains_too(tmp_path, monkeypatch, experime
     assert len(records) == len(runs) > 0
     if experiment == "teacher_strength":
         assert {r["teacher"] for r in records} == {None, "weak", "base", "strong"} and all(r["metrics"]["accuracy"] is None for r in records)
+        words = next(r["config"] for r in records if r["method"] == "seq_kd")["phases"][0]["rows"][0]["said"]
+        answers, end = load_from_disk(stages.make(store.open_folder(tmp_path / "r"), words)), stages.read_data(tmp_path / "r", specs.data_of(words["by"])).tokenizer.eos_token_id
+        assert {"stop", "length"} == set(answers["finish_reason"])
+        assert len(answers) == preset.train_rows and max(map(len, answers["input_ids"])) == preset.max_length
+        for row in answers:
+            assert row["finish_reason"] == "length" or len(row["input_ids"]) == preset.max_length or row["labels"][-1] == end
+            assert row["finish_reason"] == "stop" or end not in row["labels"], "what is cut off has no end"
         return
     for r in records:
         m, asked = r["metrics"], r["items"]["correct"]

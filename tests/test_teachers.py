@@ -182,7 +182,7 @@ def test_a_teachers_answers_stand_in_the_place_of_the_annotators(teacher, tokeni
         other = write_answers(tmp_path / "c", teacher, tokenizer, asked, **how, seed=1)
         assert said != [m[-1]["content"] for m in other["messages"]]
     else:
-        assert said == evaluate.replies(teacher, tokenizer, [m[:-1] for m in asked["messages"]], 8)
+        assert said == evaluate.replies(teacher, tokenizer, [m[:-1] for m in asked["messages"]], 8)[0]
     assert len(data.render(answered, tokenizer, 64)[0]) == len(asked), "the path that annotators' rows take"
 
 

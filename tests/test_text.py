@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from kdlib import text
+from kdlib import data, text
 from kdlib.presets import PRESETS
 
 DOMAINS = PRESETS["realtext"].source["domains"]
@@ -182,7 +182,7 @@ def test_other_columns_become_the_same_messages(row):
 
 
 def test_the_hubs_columns_of_the_domains_become_what_the_local_copies_hold():
-    maths, medical = (DOMAINS[name]["train"] for name in ("maths", "medical"))
+    maths, medical = DOMAINS["maths"]["train"], PRESETS["paper"].source["domains"]["medical"]["train"]
     row = {"question": "How many?", "answer": "He has 48/2 = <<48/2=24>>24.\n#### 24"}
     asked, said = (m["content"] for m in text.to_messages(row, source=maths))
     assert asked.startswith("How many?\n\nSolve the problem step by step") and said == "He has 48/2 = 24.\n\nAnswer: 24"
@@ -190,6 +190,9 @@ def test_the_hubs_columns_of_the_domains_become_what_the_local_copies_hold():
            "long_answer": "It helps.", "final_decision": "yes"}
     asked, said = (m["content"] for m in text.to_messages(row, source=medical))
     assert asked.startswith("Background: It did.\nResults: Much.\n\nQuestion: Does it help?\n\nAnswer from the abstract above")
+    for known in (row, {"messages": text.to_messages(row, source=medical)}):  # the hub's row, and a copy that holds the whole prompt
+        alone, same = (m["content"] for m in text.to_messages(known, source=DOMAINS["medical"]["train"]))
+        assert alone.startswith("Does it help?\n\ngive a short conclusion, then end with") and same == said, "the question without the abstract"
     assert said == "It helps.\n\nAnswer: yes" and text.verifier(0)({"answer": "yes"}, "So it is.\n\nAnswer: yes.\n") is True
     assert text.verifier(0)({"answer": "yes"}, "Answer: no") is False and text.verifier(0)({"answer": None}, "Answer: no") is None
 
@@ -270,6 +273,17 @@ def test_what_opens_a_conversation_is_all_that_comes_before_a_user_is_answered(f
         write(folder / "few.jsonl", [{"id": i, "messages": opened(i)} for i in range(12)])
         with pytest.raises(ValueError, match=f"{name} has {own}.*are left to test and .*; allowed: 20 or more with beginnings of their own"):
             text.split(local(name), {}, validation_rows=2, test_rows=5)
+
+
+def test_budgets_are_stratified_by_category_by_the_id_or_by_source(tmp_path):
+    rows = [{"id": f"s-{'ab'[i % 2]}-{i}", "source": f"source-{i % 3}", "messages": messages(i)} for i in range(12)]
+    write(tmp_path / "x.jsonl", rows)
+    write(tmp_path / "y.jsonl", [{**r, "category": f"kind-{i % 4}"} for i, r in enumerate(rows)])
+    for name, more, kinds in (("x", {}, {f"source-{i}" for i in range(3)}), ("y", {}, {f"kind-{i}" for i in range(4)}),
+                              ("x", {"category_in_id": r"s-(\w)-"}, {"a", "b"})):
+        found, _ = text.conversations({"local": str(tmp_path / f"{name}.jsonl"), **more})
+        first = [found["skill"][i] for i in data.nested_order(list(found["skill"]), 0)[:len(kinds)]]
+        assert set(found["skill"]) == kinds == set(first), "as many of each"
 
 
 def test_a_row_that_answers_nothing_is_left_out_and_counted(folder):
