@@ -65,8 +65,10 @@ def memory(s: pd.Series, tokens: float, response: float, how: dict, ranks: int =
 
 
 def _set(part: dict) -> str:
-    """The name of a part's rows, of a teacher's answers another than of the annotators'."""
-    return part["set"] + " said" * ("said" in part)
+    """The name of a part's rows, of a teacher's answers another than of the annotators', by how many rows of theirs it was tuned on."""
+    phases = part.get("said", {}).get("by", {}).get("phases", [{"rows": [{}]}])
+    few = phases[-1]["rows"][-1].get("budget")
+    return part["set"] + " said" * ("said" in part) + (f" after {few}" if few else "")
 
 
 def _lengths(records: list[dict], usual=None):
@@ -82,7 +84,8 @@ def _lengths(records: list[dict], usual=None):
     means = pd.DataFrame(np.linalg.lstsq(rows, seen, rcond=None)[0] if records else (), index=rows.columns, columns=TABLE["seen"])
 
     def length(name):
-        near = (name, f"{name} said", f"{name.rpartition('/')[0]}/train".lstrip("/"))
+        said = [n for n in means.index if n.startswith(f"{name.split(' after ')[0].removesuffix(' said')} said")]
+        near = (name, *said, f"{name.rpartition('/')[0]}/train".lstrip("/"))
         return next((means.loc[n] for n in near if n in means.index), usual)[TABLE["seen"]].to_numpy()
 
     return length
@@ -117,7 +120,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "of" not in s}
 
     def rows_of(name):
-        name = name.removesuffix(" said")
+        name = name.split(" said")[0]
         known = TABLE["rows"].get("/" * ("/" in name) + name.split("/")[-1], "")
         return sizes.get(name) or sizes.get(f"{name}_rows") or sizes.get(f"{name.rpartition('/')[0]}/{known}") or sizes.get(known) or p.train_rows
 
