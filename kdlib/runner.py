@@ -56,12 +56,18 @@ def _do(task: Callable) -> None:
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
+    """Workers that a server of forks makes, which has imported all that they need; with an accelerator, whose state no fork may share, afresh."""
     import torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ProcessPoolExecutor(workers or (1 if torch.accelerator.is_available() else cores), multiprocessing.get_context("spawn"), _start_worker)
+    afresh = torch.accelerator.is_available() or "forkserver" not in multiprocessing.get_all_start_methods()
+    (context := multiprocessing.get_context("spawn" if afresh else "forkserver")).set_forkserver_preload(["kdlib.stages"])
+    return ProcessPoolExecutor(workers or (1 if torch.accelerator.is_available() else cores), context, _start_worker, (dict(os.environ),))
 
 
-def _start_worker() -> None:
+def _start_worker(environment: dict) -> None:
+    os.environ.update(environment)  # the server's may be older
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
     end_with(multiprocessing.parent_process().pid)
     _quiet()
 

@@ -48,14 +48,19 @@ def briefly(monkeypatch):
 
 @pytest.fixture(scope="module")
 def executed(shelf, tmp_path_factory):
-    """Notebook 02 with the preset, trained by two processes at a time."""
+    """Notebook 02 with the preset; two of its runs are trained by two processes at a time."""
     out = tmp_path_factory.mktemp("paper")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDLIB_LAUNCH", str(CONFIGURATIONS / "processors.yaml"))
-        papermill.execute_notebook(str(results.REPOSITORY / "notebooks" / "02_data_budget.ipynb"), str(out / "out.ipynb"), {
-            "preset": "paper", "budgets": [64, 128], "seeds": [0, 1], "tasks": {shelf[1]: {}}, "results_dir": str(out / "results"), "workers": 2},
-            progress_bar=False, log_output=False, kernel_name="python3")
-    return few("paper", shelf[1], out / "results")
+    plan = few("paper", shelf[1], out / "results")
+    launched = [results.record_path(plan.root, "paper", i) for i, (labels, _) in zip(plan.ids, plan.runs) if (labels["budget"], labels["seed"]) == (128, 1)]
+    for configuration in ("", str(CONFIGURATIONS / "processors.yaml")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KDLIB_LAUNCH", configuration)
+            for record in launched if configuration else ():
+                record.unlink()
+            papermill.execute_notebook(str(results.REPOSITORY / "notebooks" / "02_data_budget.ipynb"), str(out / "out.ipynb"), {
+                "preset": "paper", "budgets": [64, 128], "seeds": [0, 1], "tasks": {shelf[1]: {}}, "results_dir": str(out / "results"), "workers": 2},
+                progress_bar=False, log_output=False, kernel_name="python3")
+    return plan
 
 
 def test_the_notebook_makes_the_records_claims_and_figures_of_any_preset(executed):

@@ -27,6 +27,10 @@ def _fail(message: str) -> None:
     raise ValueError(message)
 
 
+def _tell(path: str) -> None:
+    Path(path).write_text(os.environ.get("KDLIB_DATA", "nothing"))
+
+
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -42,6 +46,13 @@ def test_processes_share_the_work(tmp_path, capsys):
     assert len({p.read_text() for p in tmp_path.iterdir()}) == 2, "two processes"
     said = capsys.readouterr()
     assert "12 of 12 tasks, 100%" in said.out and " left" in said.out and not said.err
+
+
+def test_workers_have_the_environment_of_now(tmp_path, monkeypatch):
+    for value in ("one", "two", None):
+        monkeypatch.setenv("KDLIB_DATA", value) if value else monkeypatch.delenv("KDLIB_DATA")
+        runner.compute({partial(_tell, str(tmp_path / "said")): 1.0}, workers=1)
+        assert (tmp_path / "said").read_text() == (value or "nothing")
 
 
 @pytest.mark.parametrize("there", [True, False])
