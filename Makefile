@@ -7,13 +7,14 @@ WORKERS ?= 0
 SITE ?= .site
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+STORED := notebooks/*.ipynb notebooks/exercises/*.ipynb notebooks/exercises/solutions/*.ipynb
 EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
 
 # A Linux machine without an NVIDIA card takes PyTorch's processor build, unless pip is set up for indexes of its own.
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -qiE 'index|find-links' && echo https://download.pytorch.org/whl/cpu)
 
-.PHONY: study smoke test lab sweep bench outputs readme replay report clean
+.PHONY: study smoke test test-browser lab slides sweep bench outputs readme replay report clean
 
 study: $(READY)
 	@set -e; able=$$($(BIN)/python .ci/experiments.py '$(PRESET)' '$(WORLDS)' '$(OUT)' $(EXPERIMENTS)); \
@@ -36,7 +37,14 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
+	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[course]'
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+# The same JupyterLab in a real browser: one that CHROMIUM names, else one on the path, else one that Playwright fetches.
+test-browser: $(READY)
+	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[course,browser]'
+	@[ -n "$$CHROMIUM" ] || command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium
+	$(BIN)/python -m pytest -o addopts=-q tests/browser
 
 sweep:
 	@$(MAKE) --no-print-directory study WORLDS=0 EXPERIMENTS=notebooks/07_learning_rates.ipynb
@@ -47,9 +55,10 @@ bench: $(READY)
 
 # Run the notebooks in place and keep their outputs, without what changes from run to run.
 outputs: $(READY)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/python -m pip uninstall -q -y ipywidgets # so that what is stored is the static form
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(STORED)
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id \
-	  --extra-keys "metadata.papermill metadata.widgets metadata.language_info cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+	  --extra-keys "metadata.papermill metadata.widgets metadata.language_info cell.metadata.papermill cell.metadata.execution" $(STORED)
 
 readme: $(READY)
 	$(BIN)/python .ci/readme.py
@@ -62,8 +71,12 @@ replay: $(READY)
 report: $(READY)
 	$(BIN)/python .ci/site.py $(SITE)
 
+# The notebooks as slides, without what prepares them.
+slides: $(READY)
+	$(BIN)/jupyter nbconvert --to slides --SlidesExporter.reveal_scroll=True --output-dir .slides notebooks/*.ipynb
+
 clean:
-	rm -rf .study .site .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants
+	rm -rf .study .site .slides .browser .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants
 
 $(READY): .requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"
