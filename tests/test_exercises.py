@@ -1,0 +1,223 @@
+"""The exercise sheets: solutions pass, stubs and usual mistakes get a sentence that helps, and nothing that an answer does is raised."""
+
+import random
+import re
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats as scipy_stats
+
+from kdlib.results import REPOSITORY
+
+FOLDER = REPOSITORY / "notebooks" / "exercises"
+SHEETS = sorted(FOLDER.glob("*.ipynb"))
+sys.path.insert(0, str(FOLDER))
+import checks  # noqa: E402
+
+CALL = re.compile(r'^check\("(\w+)", (\w+)\)$', re.M)
+
+
+def answers(path):
+    """What the cells of a sheet define, by exercise, in one namespace."""
+    names, found = {"np": np, "pd": pd, "torch": torch, "F": F, "scipy_stats": scipy_stats, "random": random}, {}
+    for cell in nbformat.read(path, 4).cells:
+        for name, variable in CALL.findall(cell.source) if cell.cell_type == "code" else ():
+            exec(CALL.sub("", cell.source), names)
+            found[name] = names[variable]
+    return found
+
+
+def by_sheet(paths=SHEETS):
+    return pytest.mark.parametrize("path", paths, ids=[p.stem for p in paths])
+
+
+def test_there_are_five_sheets_with_solutions_and_every_check_has_its_exercise():
+    assert len(SHEETS) == 5 and [p.name for p in SHEETS] == [p.name for p in sorted((FOLDER / "solutions").glob("*.ipynb"))]
+    asked = [name for p in SHEETS for name in answers(p)]
+    assert asked == list(checks.EXERCISES) and len(asked) >= 12
+    assert asked == [name for p in SHEETS for name in answers(FOLDER / "solutions" / p.name)]
+
+
+@by_sheet()
+def test_a_sheet_says_difficulty_and_time_and_hints(path):
+    texts = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown" and c.source.startswith("## ") and "★" in c.source]
+    rows = re.findall(r"^\| (\d\.\d) \| (.+?) \| ([★☆]{3}) \| (\d+) min \|$", texts and nbformat.read(path, 4).cells[0].source, re.M)
+    assert len(rows) == len(texts) == len(answers(path))
+    for text, (number, title, stars, minutes) in zip(texts, rows):
+        assert text.startswith(f"## {number} {title}\n\n{stars} · {minutes} min\n") and "<details><summary>Hint</summary>" in text
+        assert checks.EXERCISES[next(n for n, e in checks.EXERCISES.items() if e.number == number)]
+
+
+@by_sheet()
+def test_every_solution_passes(path):
+    for name, answer in answers(FOLDER / "solutions" / path.name).items():
+        assert checks.diagnose(name, answer) == (True, "right."), name
+
+
+@by_sheet()
+def test_every_stub_fails_with_what_is_expected(path):
+    for name, stub in answers(path).items():
+        solved, message = checks.diagnose(name, stub)
+        assert not solved and checks.EXERCISES[name].expects in message and "nothing is written yet" in message
+
+def per_token(s, t, labels, T, a, reduce, keep=None, square=True):
+    keep = labels != -100 if keep is None else keep
+    ce = F.cross_entropy(s.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    kl = F.kl_div((s / T).log_softmax(-1), (t / T).log_softmax(-1), log_target=True, reduction="none").sum(-1) * (labels != -100)
+    return reduce((1 - a) * ce + a * kl * (T * T if square else 1), keep)
+
+
+def shares(n, skills):
+    return {k: round(n * skills.count(k) / len(skills)) for k in set(skills)}
+
+
+def anew(skills, n, seed):
+    rng = random.Random(seed * 1000 + n)
+    return [i for k, m in sorted(shares(n, skills).items()) for i in rng.sample([j for j, s in enumerate(skills) if s == k], m)]
+
+
+def by_seed(budgets, gaps, x):
+    return np.array([-np.polyfit(x(np.array(budgets)), g, 1)[0] for g in gaps])
+
+
+def bucket(s, t, k, keep_rest, own_ids=False):
+    p, q = t.softmax(-1), s.softmax(-1)
+    ids = (q if own_ids else p).topk(k).indices
+    a, b = p.gather(1, ids), q.gather(1, ids)
+    out = (a * (a / b).log()).sum(1)
+    return out + (1 - a.sum(1)) * ((1 - a.sum(1)) / (1 - b.sum(1))).log() if keep_rest else out
+
+
+def decide(low, high, delta):
+    return "supported" if low > 0 else "refuted" if high < 0 else "no meaningful difference" if max(-low, high) < delta else "inconclusive"
+
+
+def cells(frame, by, how="mean"):
+    return getattr(frame.groupby([by, "method"]).accuracy, how)().unstack()
+
+
+GEN = "{% for m in messages %}<|{{ m.role }}|>BODY{% endfor %}"
+WRONG = [  # written as a learner might, each with words of the diagnosis that it should get
+    ("soften", lambda logits, temperature: torch.log_softmax(temperature * logits, dim=1), "multiplied"),
+    ("soften", lambda logits, temperature: torch.softmax(logits / temperature, dim=1), "probabilities"),
+    ("soften", lambda logits, temperature: torch.log_softmax(logits / temperature, dim=0), "dim 0"),
+    ("soften", lambda logits, temperature: torch.log_softmax(logits, dim=1) / temperature, "after normalising"),
+    ("forward_kl", lambda s, t: (s.softmax(-1) * (s.log_softmax(-1) - t.log_softmax(-1))).sum(-1), "reverse KL"),
+    ("forward_kl", lambda s, t: F.cross_entropy(s, t.softmax(-1), reduction="none"), "soft cross-entropy"),
+    ("forward_kl", lambda s, t: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").mean(-1), "mean over the vocabulary"),
+    ("forward_kl", lambda s, t: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1) / np.log(2), "bits"),
+    ("forward_kl", lambda s, t: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean"), "one number"),
+    ("cache_bytes", lambda prompt_tokens, response_tokens, k: (prompt_tokens + response_tokens) * (6 * k + 4), "prompt tokens"),
+    ("cache_bytes", lambda prompt_tokens, response_tokens, k: response_tokens * (2 * k + 4), "forgot the ids"),
+    ("cache_bytes", lambda prompt_tokens, response_tokens, k: 6 * k * response_tokens, "mass of all other"),
+    ("template", GEN.replace("BODY", "{{ m.content }}{{ eos_token }}"), "nothing is marked"),
+    ("template", GEN.replace("BODY", "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"), "every turn is marked"),
+    ("template", GEN.replace("BODY", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{{ eos_token }}{% endif %}"),
+     "never learn to stop"),
+    ("accumulated", lambda means, tokens, sequences: sum(means) / len(means), "mean of means"),
+    ("accumulated", lambda means, tokens, sequences: np.average(means, weights=sequences), "sequences"),
+    ("accumulated", lambda means, tokens, sequences: (means * tokens).sum(), "sum over tokens"),
+    ("labels_of", lambda ids, turns: [t if any(a <= i < b for a, b in turns) else -100 for i, t in enumerate(ids)], "ends a turn"),
+    ("labels_of", lambda ids, turns: [t if any(a <= i <= b for a, b in turns) else 0 for i, t in enumerate(ids)], "0 is a token"),
+    ("labels_of", lambda ids, turns: ids, "learn the prompts"),
+    ("next_token_loss", lambda logits, labels: F.cross_entropy(logits, labels), "its own token"),
+    ("next_token_loss", lambda logits, labels: F.cross_entropy(logits[1:], labels[:-1]), "wrong way"),
+    ("next_token_loss", lambda logits, labels: F.cross_entropy(logits[:-1], labels[1:], reduction="sum"), "this is the sum"),
+    ("paired_interval", lambda kd, sft: scipy_stats.ttest_ind(kd, sft, equal_var=False).confidence_interval(), "independent"),
+    ("paired_interval", lambda kd, sft: ((kd - sft).mean() - 1.96 * scipy_stats.sem(kd - sft), (kd - sft).mean() + 1.96 * scipy_stats.sem(kd - sft)), "1.96"),
+    ("paired_interval", lambda kd, sft: scipy_stats.t.interval(0.95, len(kd) - 1, (kd - sft).mean(), np.std(kd - sft) / len(kd)**0.5), "ddof"),
+    ("paired_interval", lambda kd, sft: scipy_stats.t.interval(0.95, len(kd) - 1, (sft - kd).mean(), scipy_stats.sem(sft - kd)), "sign"),
+    ("holm", lambda p: np.clip(p * len(p), 0, 1), "Bonferroni"),
+    ("holm", lambda p: scipy_stats.false_discovery_control(p), "Benjamini"),
+    ("holm", lambda p: np.maximum.accumulate(np.minimum(1, np.sort(p) * np.arange(len(p), 0, -1))), "sorted"),
+    ("holm", lambda p: p, "as they were"),
+    ("batch_loss", lambda *c: per_token(*c, lambda x, keep: x.sum() / len(x)), "number of sequences"),
+    ("batch_loss", lambda *c: per_token(*c, lambda x, keep: x.mean()), "masked ones included"),
+    ("batch_loss", lambda *c: per_token(*c, lambda x, keep: (x.sum(1) / keep.sum(1)).mean()), "mean of every sequence"),
+    ("batch_loss", lambda *c: per_token(*c, lambda x, keep: x.sum() / keep.sum(), square=False), "T² is missing"),
+    ("batch_loss", lambda s, t, y, T, a: per_token(s, t, y, T, 1 - a, lambda x, keep: x.sum() / keep.sum()), "wrong side"),
+    ("gradient", lambda s, t, T: T * ((t / T).softmax(-1) - (s / T).softmax(-1)), "sign is wrong"),
+    ("gradient", lambda s, t, T: ((s / T).softmax(-1) - (t / T).softmax(-1)) / T, "left out T²"),
+    ("gradient", lambda s, t, T: T * T * ((s / T).softmax(-1) - (t / T).softmax(-1)), "inner derivative"),
+    ("budget", lambda skills, n, seed: anew(skills, n, seed), "no part of the large"),
+    ("budget", lambda skills, n, seed: np.random.default_rng(seed).permutation(len(skills))[:n].tolist(), "left to chance"),
+    ("budget", lambda skills, n, seed: range(n), "first rows"),
+    ("verdict", lambda low, high, d: "supported" if low > 0 else "refuted" if high < 0 else "no meaningful difference", "does not show that there is no"),
+    ("verdict", lambda low, high, d: "supported" if low > 0 else "refuted" if high < 0 else "inconclusive", "is a finding"),
+    ("verdict", lambda low, high, d: decide(low - d if low > 0 else low, high + d if high < 0 else high, d), "not the bar"),
+    ("fall_per_doubling", lambda b, g: by_seed(b, g, np.log), "factor e"),
+    ("fall_per_doubling", lambda b, g: -by_seed(b, g, np.log2), "sign is wrong"),
+    ("fall_per_doubling", lambda b, g: by_seed(b, g, lambda x: x), "per example"),
+    ("top_k_kl", lambda s, t, k: bucket(s, t, k, keep_rest=False), "bucket is missing"),
+    ("top_k_kl", lambda s, t, k: bucket(s, t, k, keep_rest=True, own_ids=True), "student's top k"),
+    ("top_k_kl", lambda s, t, k: F.kl_div(*(x.gather(1, t.topk(k).indices).log_softmax(-1) for x in (s, t)), log_target=True, reduction="none").sum(1), "never come"),
+    ("sampled_loss", lambda q, p, d: -(p.gather(1, d) * q.gather(1, d)).mean(1), "counts these twice"),
+    ("sampled_loss", lambda q, p, d: -q.gather(1, d).sum(1), "this is the sum"),
+    ("sampled_loss", lambda q, p, d: q.gather(1, d).mean(1), "sign is wrong"),
+    ("shared_vocabulary", lambda t, v: t.log_softmax(-1)[:, :v], "cut after the softmax"),
+    ("shared_vocabulary", lambda t, v: t[:, :v].softmax(-1), "probabilities"),
+    ("shared_vocabulary", lambda t, v: t[:, :v], "these are logits"),
+    ("mixture", lambda h, s, n: [([*h, *s] * n)[i] for i in range(n)], "swamps the small"),
+    ("mixture", lambda h, s, n: [x for pair in zip(h, s) for x in pair], "smaller pool is used up"),
+    ("mixture", lambda h, s, n: [(s, h)[i % 2][i // 2 % len((s, h)[i % 2])] for i in range(n)], "first turn"),
+    ("needs_all", lambda found, d: decide(*(sum(x) / len(found) for x in zip(*found)), d), "average hides"),
+    ("needs_all", lambda found, d: max((v := [decide(*i, d) for i in found]), key=lambda x: (v.count(x), [-ord(c) for c in x])), "majority"),
+    ("needs_all", lambda found, d: "supported" if all(low > 0 for low, _ in found) else "refuted", "as open as its weakest"),
+    ("lead", lambda f: cells(f, "domain")["human_sft"] - cells(f, "domain")["kd_then_sft"], "sign is wrong"),
+    ("lead", lambda f: cells(f, "budget")["kd_then_sft"] - cells(f, "budget")["human_sft"], "one number a budget"),
+    ("lead", lambda f: cells(f, "domain", "max")["kd_then_sft"] - cells(f, "domain", "max")["human_sft"], "best seed"),
+]
+
+
+def test_three_usual_mistakes_of_every_exercise_were_written():
+    assert set(checks.EXERCISES) == {name for name, *_ in WRONG} and all(sum(n == name for n, *_ in WRONG) >= 3 for name in checks.EXERCISES)
+
+
+@pytest.mark.parametrize("name, answer, words", WRONG, ids=[f"{n}-{w}" for n, _, w in WRONG])
+def test_a_usual_mistake_is_named(name, answer, words):
+    solved, message = checks.diagnose(name, answer)
+    assert not solved and words in message
+
+
+@pytest.mark.parametrize("name", checks.EXERCISES)
+def test_mistakes_are_told_apart(name):
+    exercise = checks.EXERCISES[name]
+    assert len(exercise.wrong) >= 3
+    for message, mistake in exercise.wrong.items():
+        named = mistake if exercise.see else lambda *given, mistake=mistake: mistake(**dict(zip(exercise.cases[0], given)))
+        solved, said = checks.diagnose(name, named)
+        assert not solved and (said == message or said.startswith("it gives"))
+
+
+def raises(*_, **__):
+    raise RuntimeError("a\nlong  story")
+
+
+@pytest.mark.parametrize("name", checks.EXERCISES)
+@pytest.mark.parametrize("answer", [
+    None, 3, "a", [], object(), float("nan"), raises, print, lambda: None, lambda *a, **k: None, lambda *a, **k: "text", lambda *a, **k: [[1], [2, 3]],
+    lambda *a, **k: {}, lambda *a, **k: torch.zeros(2, 3, 4), lambda *a, **k: float("nan"), lambda *a, **k: object(), lambda *a, **k: [None], "{% for %}", "{{ messages[9].x.y }}"],
+    ids=range(19))
+def test_no_answer_crashes_a_check(name, answer, capsys):
+    checks.check(name, answer)
+    *printed, said = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"✗ {checks.EXERCISES[name].number} {name}: ") and (answer is print or not printed)
+
+
+def test_a_name_that_is_no_exercise_is_said(capsys):
+    checks.check("softn", None)
+    assert "there is no such exercise; there are soften, " in capsys.readouterr().out
+
+
+def test_an_answer_cannot_spoil_the_cases():
+    def spoils(logits, temperature):
+        logits.zero_()
+        return logits
+
+    before = checks.EXERCISES["soften"].cases[0]["logits"].clone()
+    assert not checks.diagnose("soften", spoils)[0] and torch.equal(checks.EXERCISES["soften"].cases[0]["logits"], before)
