@@ -15,7 +15,8 @@ from scipy import stats as scipy_stats
 from kdlib.results import REPOSITORY
 
 FOLDER = REPOSITORY / "notebooks" / "exercises"
-SHEETS = sorted(FOLDER.glob("*.ipynb"))
+SHEETS = sorted(FOLDER.glob("[1-5]_*.ipynb"))
+GUIDE = FOLDER / "guide.ipynb"
 sys.path.insert(0, str(FOLDER))
 import checks  # noqa: E402
 
@@ -221,3 +222,29 @@ def test_an_answer_cannot_spoil_the_cases():
 
     before = checks.EXERCISES["soften"].cases[0]["logits"].clone()
     assert not checks.diagnose("soften", spoils)[0] and torch.equal(checks.EXERCISES["soften"].cases[0]["logits"], before)
+
+
+def test_the_guide_plans_two_lessons_and_knows_the_sheets_times():
+    nb = nbformat.read(GUIDE, 4)
+    text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+    for heading, whole in (("Ninety minutes", 90), ("Three hours", 180)):
+        table = text.split(f"## {heading}")[1].split("## ")[0]
+        parts = [tuple(map(int, pair)) for pair in re.findall(r"^\| (\d+)–(\d+) \|", table, re.M)]
+        assert parts[0][0] == 0 and parts[-1][1] == whole and all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
+    for path in SHEETS:
+        minutes = sum(map(int, re.findall(r"\| (\d+) min \|", nbformat.read(path, 4).cells[0].source)))
+        assert re.search(rf"\| \[.+\]\({path.name}\) \| {minutes} \|", text), path.name
+    numbers = {e.number for e in checks.EXERCISES.values()}
+    assert {n for n in re.findall(r"(?<![\d.])([1-5]\.\d)(?![\d.])", text)} <= numbers
+    assert text.split("## What students get wrong")[1].count('| "') >= 8
+    for target in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (FOLDER / target).exists(), target
+
+
+def test_the_guides_records_are_whole_and_of_this_code():
+    from kdlib import results, study
+
+    for experiment in study.PARAMETERS:
+        plan = study.plan(experiment, {"preset": "smoke", "results_dir": str(FOLDER / "expected"), "seeds": list(range(10)), "train_missing": False})
+        there = results.read_records(plan.root, "smoke", plan.ids)
+        assert len(there) >= 80 and all(r["config"] in plan.configs for r in there), experiment

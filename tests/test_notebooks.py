@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from tiny import pretend, sweep
 
-from kdlib import results, stats, store, study
+from kdlib import plots, presets, results, stats, store, study
 from kdlib.presets import PRESETS
 
 FOLDER = results.REPOSITORY / "notebooks"
@@ -97,7 +98,7 @@ def test_experiments_follow_the_order(path):
     verdict, = tagged(nb, "verdict")
     assert "stats." in verdict.source and text_of([verdict])
     ignored = tagged(nb, "nbval-ignore-output")
-    assert len(ignored) == 2 and "study.plan" in ignored[0].source and "study.run" in ignored[1].source
+    assert len(ignored) == 3 and "study.plan" in ignored[0].source and "study.run" in ignored[1].source and ignored[2:] == tagged(nb, "live")
     figures = [c for c in code(nb) if "plots.save" in c.source]
     assert len(figures) >= 3 and all(c.source.endswith("plt.show()") for c in figures)
 
@@ -107,6 +108,27 @@ def test_other_notebooks_are_checked_too(path):
     nb = read(path)
     checked = [c for c in code(nb) if c.outputs and "nbval-ignore-output" not in c.metadata.get("tags", [])]
     assert len(checked) >= 5
+
+
+@by_name(NOTEBOOKS)
+def test_every_figure_says_what_it_shows_and_every_cell_where_it_stands_on_slides(path):
+    nb = read(path)
+    drawn = [c for c in code(nb) if any("image/png" in o.get("data", {}) for o in c.outputs)]
+    assert drawn and all(len(c.metadata.get("alt", "")) > 40 for c in drawn)
+    kinds = [c.metadata.slideshow.slide_type for c in nb.cells]
+    assert kinds[0] == "slide" and set(kinds) <= {"slide", "subslide", "fragment", "skip"} and "skip" in kinds
+    assert all(c.metadata.slideshow.slide_type == "skip" for c in [*tagged(nb, "parameters"), *tagged(nb, "widget"), *tagged(nb, "live")])
+
+
+@by_name(NOTEBOOKS)
+def test_what_a_reader_opens_holds_no_widget_that_nothing_moves(path):
+    nb = read(path)
+    assert not [o for o in outputs(code(nb)) if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
+    assert all("pip install ipywidgets" in text_of([c]) for c in tagged(nb, "widget"))
+
+
+def test_notebooks_that_teach_by_moving_have_sliders():
+    assert [p.stem[:2] for p in NOTEBOOKS if tagged(read(p), "widget")] == ["01", "06"]
 
 
 def run(path, out, **parameters):
@@ -206,6 +228,22 @@ def test_two_stages_are_compared_with_every_recipe(smoke_teachers):
     made = {p.stem for p in (plan.folder / "figures").iterdir()}
     assert made >= {"recipes_market", "pool_market", "two_stages_minus_others"}
     assert not [o for o in outputs(code(nb)) if o.get("name") == "stderr"]
+
+
+@by_name(EXPERIMENTS)
+def test_a_class_trains_live_what_it_chose(path, smoke_teachers, tmp_path, capsys, monkeypatch):
+    cell, = tagged(read(path), "live")
+    shown, names = [], {"pd": pd, "plt": plt, "plots": plots, "presets": presets, "results": results, "stats": stats, "study": study,
+                        "recipes": presets.RECIPES, "display": lambda table: shown.append(table)}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exec(cell.source, names)
+    assert capsys.readouterr().out == "live is False: nothing is trained\n" and not shown and not list(tmp_path.iterdir())
+    shutil.copytree(smoke_teachers[0] / "results", tmp_path / ".cache" / "kdlib-live")
+    exec(cell.source.replace("live = False", "live = True"), names)
+    assert "to train" in capsys.readouterr().out and list(shown[0].index) == names["changed"]["budgets"]
+    if "chosen" in names:
+        with pytest.raises(ValueError, match="chosen='nobody' has type str|chosen='nobody' is not allowed; allowed: weak, base or strong"):
+            exec(re.sub('chosen = .+?  #', "chosen = 'nobody'  #", cell.source.replace("live = False", "live = True")), names)
 
 
 def test_the_report_draws_nothing_from_an_incomplete_grid(smoke_teachers, tmp_path):
