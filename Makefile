@@ -37,7 +37,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
-	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[course]'
+	@$(BIN)/python -c 'import ipywidgets' 2>/dev/null || $(BIN)/python -m pip install -q -c .requirements.lock -e '.[course]'
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 # The same JupyterLab in a real browser: one that CHROMIUM names, else one on the path, else one that Playwright fetches.
@@ -73,7 +73,7 @@ report: $(READY)
 
 # The notebooks as slides, without what prepares them.
 slides: $(READY)
-	$(BIN)/jupyter nbconvert --to slides --SlidesExporter.reveal_scroll=True --output-dir .slides notebooks/*.ipynb
+	$(BIN)/python .ci/site.py .slides slides
 
 clean:
 	rm -rf .study .site .slides .browser .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants

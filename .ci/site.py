@@ -1,28 +1,30 @@
-"""An HTML edition of the notebooks as they are stored: a page each, the course's too, and an index. FOLDER is where it goes."""
+"""An HTML edition of the notebooks as they are stored: a page each, the exercise sheets' too, and an index; or with ``slides`` the notebooks as
+slides. What is not in it, such as solutions, is not linked. FOLDER [slides]
+"""
 
+import html
 import os
 import re
 import sys
 from pathlib import Path
 
 import nbformat
-from nbconvert import HTMLExporter
+from nbconvert import HTMLExporter, SlidesExporter
 from readme import claims
 
 from kdlib import results, store
 
 HOME = results.REPOSITORY / "notebooks"
-NOTEBOOKS = [p for where in ("", "exercises", "exercises/solutions") for p in sorted((HOME / where).glob("*.ipynb"))]
+NOTEBOOKS, SHEETS = sorted(HOME.glob("*.ipynb")), sorted((HOME / "exercises").glob("[1-9]_*.ipynb"))
 STYLE = """<style>
 main { max-width: 62rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon a { text-decoration: underline; }
 .jp-RenderedHTMLCommon a.anchor-link { text-decoration: none; color: #595959; }
-.jp-RenderedImage img, .jp-RenderedHTMLCommon img { max-width: 100%; height: auto; }
-.jp-RenderedHTMLCommon table { display: block; max-width: 100%; overflow-x: auto; margin-left: 0; }
-.jp-Cell, .jp-OutputArea-output { max-width: 100%; }
-.jp-OutputArea-output pre, .highlight pre { overflow-x: auto; }
-.highlight .c1, .highlight .c, .highlight .cm { color: #4a6a6a; } .highlight .o, .highlight .ow { color: #7a2ca8; }
-@media (max-width: 40rem) { .jp-Cell { padding-left: 0; padding-right: 0; } main { padding: 0 0.4rem; } }
+.jp-RenderedImage img { max-width: 100%; height: auto; }
+.wide, pre { max-width: 100%; overflow-x: auto; }
+.jp-Cell, .jp-OutputArea-output { max-width: 100%; min-width: 0; }
+.highlight .c1, .highlight .c { color: #4a6a6a; } .highlight .o, .highlight .ow { color: #7a2ca8; }
+@media (max-width: 40rem) { main, .jp-Cell { padding-left: 0.3rem; padding-right: 0.3rem; } }
 </style>"""
 
 
@@ -31,49 +33,57 @@ def title(notebook) -> str:
     return notebook.cells[0].source.split("\n")[0].removeprefix("# ")
 
 
-def contents(notebook) -> str:
-    """Links to the parts of a notebook."""
-    parts = [line.removeprefix("## ") for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("## ")]
-    return "\n".join(f"* [{part}](#{re.sub(r'[$\\\\^{}`*]', '', part).replace(' ', '-')})" for part in parts)
-
-
-def page(notebook) -> str:
-    """A notebook as HTML: exercises folded, links to other notebooks turned to their pages, what scrolls within reach of a keyboard."""
+def page(notebook, source: Path, near: str = "", exporter=HTMLExporter, of: list = (*NOTEBOOKS, *SHEETS), **how) -> str:
+    """A notebook as HTML: exercises folded, a table of contents, links to pages of the edition, what figures show in words."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"^\*\*Exercise\.\*\*\s*(.+?)(?=\n\n|\Z)", r"<details><summary>Exercise</summary>\n\n\1\n\n</details>",
                                  cell.source, flags=re.M | re.S)
-            cell.source = re.sub(r"\]\(([\w./-]+)\.ipynb\)", r"](\1.html)", cell.source)
-    body, _ = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
-        notebook, {"metadata": {"name": title(notebook)}})
-    body = re.sub(r"<(table|pre)\b(?![^>]*tabindex)", r'<\1 tabindex="0"', body.replace("</head>", f"{STYLE}</head>", 1))
-    return re.sub(r"<th></th>", "<td></td>", body)
+    body, _ = exporter(exclude_input_prompt=True, exclude_output_prompt=True, **how).from_notebook_node(notebook, {"metadata": {"name": title(notebook)}})
+    shown = iter([c.metadata["alt"] for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})])
+    body = re.sub(r'alt="No description has been provided for this image"', lambda _: f'alt="{html.escape(next(shown))}"', body)
+    there = {p.resolve() for p in of}
+    body = re.sub(r'<a [^>]*?href="([^":#]+)\.ipynb"[^>]*>(.*?)</a>', lambda m: f'<a href="{m[1]}.html">{m[2]}</a>' if (
+        source.parent / f"{m[1]}.ipynb").resolve() in there else m[2], body, flags=re.S)
+    body = re.sub(r"<table\b.*?</table>", lambda m: f'<div class="wide" tabindex="0" role="region" aria-label="Table">{m[0]}</div>', body, flags=re.S)
+    body = re.sub(r"<pre\b(?![^>]*tabindex)", '<pre tabindex="0"', body)
+    parts = "".join(f'<li><a href="#{at}">{text.strip()}</a></li>' for at, text in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', body, re.S))
+    found = f'<p>{near}</p><nav aria-label="On this page"><ul>{parts}</ul></nav>' if near else ""
+    return body.replace("</head>", f"{STYLE}</head>", 1).replace("</h1>", f"</h1>{found}", 1)
 
 
 def way(i: int) -> str:
     """Links from page ``i`` to the index and its neighbours."""
-    def to(path):
-        return os.path.relpath(path, NOTEBOOKS[i].parent).replace(os.sep, "/")
+    pages = [*NOTEBOOKS, *SHEETS]
+    to = [os.path.relpath(p.with_suffix(".html"), pages[i].parent).replace(os.sep, "/") for p in (HOME / "index.ipynb", *pages)]
+    near = [(i - 1, "←")] * (i > 0) + [(i + 1, "→")] * (i + 1 < len(pages))
+    return " · ".join([f'<a href="{to[0]}">Index</a>', *(f'<a href="{to[k + 1]}">{arrow} {pages[k].stem}</a>' for k, arrow in near)])
 
-    near = [(NOTEBOOKS[i - 1], "←") if i else None, (NOTEBOOKS[i + 1], "→") if i + 1 < len(NOTEBOOKS) else None]
-    return " · ".join([f"[Index]({to(HOME / 'index.html')})", *(f"[{arrow} {p.stem}]({to(p)})" for p, arrow in filter(None, near))])
 
-
-def build(folder: Path) -> None:
-    """Write all pages."""
+def build(folder: Path) -> int:
+    """Write all pages, and say how many."""
     rows = []
-    for i, path in enumerate(NOTEBOOKS):
+    for i, path in enumerate([*NOTEBOOKS, *SHEETS]):
         notebook, where = nbformat.read(path, 4), path.relative_to(HOME).with_suffix(".html").as_posix()
-        rows.append(f"{'  ' * where.count('/')}* **[{title(notebook)}]({where})**")
-        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"{way(i)}\n\n{contents(notebook)}"))
-        store.write_atomic(folder / where, page(notebook))
+        rows.append(f"* **[{title(notebook)}]({where})**")
+        store.write_atomic(folder / where, page(notebook, path, way(i), template_name="lab"))
     text = ["# When does knowledge distillation help a small language model, and when does it fail?",
-            "A study in the open: notebooks, run records, and verdicts that follow from them.", "## Notebooks", "\n".join(rows),
+            "A study in the open: notebooks, run records, and verdicts that follow from them.",
+            "## Notebooks", "\n".join(rows[:len(NOTEBOOKS)]), "## Exercises", "\n".join(rows[len(NOTEBOOKS):]),
             "## Claims", claims(results.REPOSITORY / "results")]
     index = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n\n".join(text))])
-    store.write_atomic(folder / "index.html", page(index))
+    store.write_atomic(folder / "index.html", page(index, HOME / "index.ipynb", template_name="lab"))
+    return len(rows) + 1
+
+
+def slides(folder: Path) -> int:
+    """Write every notebook as slides, and say how many."""
+    for path in NOTEBOOKS:
+        made = page(nbformat.read(path, 4), path, exporter=SlidesExporter, of=NOTEBOOKS, reveal_scroll=True)
+        store.write_atomic(folder / path.with_suffix(".html").name, made)
+    return len(NOTEBOOKS)
 
 
 if __name__ == "__main__":
-    build(target := Path(sys.argv[1]))
-    print(f"{len(NOTEBOOKS) + 1} pages; open {target / 'index.html'}")
+    target, *form = sys.argv[1:]
+    print(f"{(slides if form == ['slides'] else build)(Path(target))} pages in {target}")

@@ -145,16 +145,26 @@ def test_an_executed_copy_is_of_its_notebook_and_shows_no_text_of_others():
         assert not [o for c in copy.cells for o in c.get("outputs", []) if o.output_type == "error"]
 
 
-def test_the_site_has_every_notebook_and_no_dead_link(tmp_path):
+def test_the_site_has_every_notebook_and_sheet_and_no_dead_link(tmp_path):
     subprocess.run([sys.executable, str(ROOT / ".ci" / "site.py"), str(tmp_path / "site")], check=True, capture_output=True)
-    pages = {p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "site").iterdir()}
-    assert set(pages) == {"index.html", *(f"{p.stem}.html" for p in (ROOT / "notebooks").glob("*.ipynb"))}
+    pages = {p.relative_to(tmp_path / "site").as_posix(): p.read_text(encoding="utf-8") for p in (tmp_path / "site").rglob("*.html")}
+    notebooks = [p.relative_to(ROOT / "notebooks") for where in ("*.ipynb", "exercises/[1-5]_*.ipynb") for p in (ROOT / "notebooks").glob(where)]
+    assert set(pages) == {"index.html", *(p.with_suffix(".html").as_posix() for p in notebooks)}, "solutions are for those who ask"
     for name, page in pages.items():
         links = set(re.findall(r'href="([^"#:]+)"', page))
-        assert links <= set(pages), (name, links - set(pages))
-        assert name == "index.html" or "index.html" in links
+        assert not [link for link in links if not (tmp_path / "site" / name).parent.joinpath(link).is_file()], name
+        assert name == "index.html" or {"index.html", "../index.html"} & links and '<nav aria-label="On this page"><ul><li>' in page
+        assert "No description has been provided" not in page and ".ipynb" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.S)
     assert set(pages) - {"index.html"} <= set(re.findall(r'href="([^"#:]+)"', pages["index.html"])) and "C1a" in pages["index.html"]
     assert all("<summary>Exercise</summary>" in pages[f"{n}.html"] for n in ("02_data_budget", "03_teacher_strength", "04_two_stage_domain"))
+
+
+def test_slides_show_what_is_read_and_not_what_prepares(tmp_path):
+    subprocess.run([sys.executable, str(ROOT / ".ci" / "site.py"), str(tmp_path), "slides"], check=True, capture_output=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        text = (tmp_path / path.with_suffix(".html").name).read_text(encoding="utf-8")
+        kinds = [c.metadata.slideshow.slide_type for c in nbformat.read(path, 4).cells]
+        assert text.count("<section>") >= 2 * kinds.count("slide") and "find_spec" not in text and "No description has been provided" not in text
 
 
 def test_the_readmes_claims_are_those_of_the_results():

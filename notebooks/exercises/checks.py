@@ -41,7 +41,8 @@ EXERCISES: dict[str, Exercise] = {}
 def check(name: str, answer) -> None:
     """Print whether ``answer`` solves the exercise, and if it does not, the likely mistake."""
     solved, message = diagnose(name, answer)
-    print(f"{'✓' if solved else '✗'} {EXERCISES[name].number + ' ' if name in EXERCISES else ''}{name}: {message}")
+    known = EXERCISES.get(name) if isinstance(name, str) else None
+    print(f"{'✓' if solved else '✗'} {f'{known.number} ' if known else ''}{name}: {message}")
 
 
 def solved(name: str, answer) -> bool:
@@ -51,7 +52,7 @@ def solved(name: str, answer) -> bool:
 
 def diagnose(name: str, answer) -> tuple[bool, str]:
     """Whether ``answer`` solves exercise ``name``, and what to say of it; nothing that an answer does is raised."""
-    if name not in EXERCISES:
+    if not isinstance(name, str) or name not in EXERCISES:
         return False, f"there is no such exercise; there are {', '.join(EXERCISES)}."
     exercise = EXERCISES[name]
     if answer is None:
@@ -62,7 +63,7 @@ def diagnose(name: str, answer) -> tuple[bool, str]:
     for case in exercise.cases:
         try:
             seen.append(see(answer, copy.deepcopy(case)))
-        except Exception as error:  # whatever a learner's code does
+        except (Exception, SystemExit) as error:  # whatever a learner's code does
             return False, f"your {exercise.kind} raises {type(error).__name__}: {_short(error)}. Expected: {exercise.expects}."
         if seen[-1] is None:
             return False, f"nothing is written yet, or `return` is missing. Expected: {exercise.expects}."
@@ -76,6 +77,8 @@ def diagnose(name: str, answer) -> tuple[bool, str]:
         if all(_same(got, other) for got, other in zip(seen, _results(exercise, mistake))):
             return False, message
     got, want, case = next((g, w, c) for g, w, c in zip(seen, wanted, exercise.cases) if not _same(g, w))
+    if isinstance(want, dict):
+        return False, f"not yet. What does not hold: {', '.join(k for k in want if got[k] != want[k])}."
     return False, f"not yet, and not by a mistake that is known here. With {_shown(case)} it gives {_shown(got)}, where {_shown(want)} is right."
 
 
@@ -85,14 +88,12 @@ def _results(exercise: Exercise, answer) -> list:
 
 def _plain(value):
     """Numbers as an array of doubles; else None."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, (pd.Series, pd.DataFrame)):
-        value = value.to_numpy()
     try:
-        found = np.asarray(value)
+        value = [_plain(v) for v in value] if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value) else value
+        value = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else value
+        found = np.asarray(value.to_numpy() if isinstance(value, (pd.Series, pd.DataFrame)) else value)
         return None if found.dtype.kind not in "biuf" else found.astype(float)
-    except ValueError:  # rows of unequal lengths
+    except Exception:  # rows of unequal lengths, or what no array holds
         return None
 
 
@@ -189,7 +190,7 @@ def _batch_case(seed, rows, length, temperature, alpha):
 
 exercise("batch_loss", "1.3", "one number, the loss of the batch", right=lambda **c: (lambda total, learned: total / learned.sum())(*_batch(**c)),
          cases=[_batch_case(10, 3, 8, 2.0, 0.7), _batch_case(20, 2, 6, 1.5, 0.2)], wrong={
-    "you divided by the number of sequences; the loss is per token, so that long answers do not weigh less.": lambda **c: _batch(**c)[0] / len(c["labels"]),
+    "you divided by the number of sequences; the loss is per token, or it grows with the length of the answers.": lambda **c: _batch(**c)[0] / len(c["labels"]),
     "you divided by all tokens, masked ones included; only tokens with a label other than −100 are learned.": lambda **c: _batch(**c)[0] / c["labels"].numel(),
     "you took the mean of every sequence and then the mean of those, which gives a token of a short answer more weight.": lambda **c: torch.stack([
         (lambda total, learned: total / learned.sum())(*_batch(**{**c, **{k: c[k][i:i + 1] for k in ("student_logits", "teacher_logits", "labels")}})) for i in range(len(c["labels"]))]).mean(),
@@ -209,7 +210,7 @@ exercise("gradient", "1.4", "the gradient by the student's logits, shape (N, V)"
     "you left out T²: with it, one T stays of the two, for the logits are divided by T once.": lambda **c: _slope(**c, power=-1),
     "you forgot the inner derivative: the logits are divided by T, which takes one T of T² away.": lambda **c: _slope(**c, power=2),
     "T·(q − p) is right, but p and q have to be the softened distributions, with the logits divided by T.": lambda **c: _slope(**c, at=1.0),
-    "q − p is the gradient at temperature 1; at T it is T times the difference of the softened distributions.": lambda **c: _slope(**c, power=0)})
+    "q − p is the gradient of the plain KL of logits that nothing divides; both T² and the division by T leave a trace.": lambda **c: _slope(**c, power=0)})
 
 
 # Sheet 2: masks and templates
@@ -294,7 +295,7 @@ def _budget(answer, case):
     chosen = {n: [int(i) for i in answer(list(skills), n, 0)] for n in (6, 12, 24)}
     other = {int(i) for i in answer(list(skills), 12, 1)}
     kinds = sorted(set(skills))
-    counts = {n: [sum(skills[i] == kind for i in rows) for kind in kinds] for n, rows in chosen.items()}
+    counts = {n: [sum(i in range(size) and skills[i] == kind for i in rows) for kind in kinds] for n, rows in chosen.items()}
     return {"as many rows as asked": all(len(rows) == n for n, rows in chosen.items()),
             "no row twice": all(len(set(rows)) == len(rows) and set(rows) <= set(range(size)) for rows in chosen.values()),
             "nested": set(chosen[6]) <= set(chosen[12]) <= set(chosen[24]),
@@ -394,8 +395,8 @@ def _buckets(student_logits, teacher_logits, k, by=None, tail=True, renormalise=
 
 _TOP = [{"student_logits": _logits(4, 9, seed=51, scale=1.0), "teacher_logits": _logits(4, 9, seed=52, scale=1.0), "k": 3}, {"student_logits": _logits(2, 12, seed=53, scale=1.0), "teacher_logits": _logits(2, 12, seed=54, scale=1.0), "k": 5}]
 exercise("top_k_kl", "4.2", "one divergence a row, shape (N,)", right=_buckets, cases=_TOP, wrong={
-    "you renormalised the top k: the student is then told that all other tokens never come. Keep their mass as one more bucket.": lambda **c: _buckets(**c, tail=False, renormalise="both"),
-    "you renormalised the teacher's top k but not the student's, which pushes all other tokens down.": lambda **c: _buckets(**c, tail=False, renormalise="teacher"),
+    "you renormalised the top k on both sides: how much the student gives to all other tokens is then nobody's concern. Keep their mass as one more bucket.": lambda **c: _buckets(**c, tail=False, renormalise="both"),
+    "you renormalised the teacher's top k but not the student's: the student is then told that all other tokens never come.": lambda **c: _buckets(**c, tail=False, renormalise="teacher"),
     "the bucket is missing: without the term of all other tokens the sum is no divergence and can be below zero.": lambda **c: _buckets(**c, tail=False),
     "you took the student's top k; the cache was written before the student was trained, so it holds the teacher's.": lambda **c: _buckets(**c, by=lambda student: student),
     "this is the divergence over the whole vocabulary, which a cache of k does not hold.": lambda student_logits, teacher_logits, k: losses.divergence(student_logits, teacher_logits)})
@@ -412,7 +413,7 @@ def _drawn(c):
 
 exercise("sampled_loss", "4.3", "one estimate a row, shape (N,)", cases=[_draws(61, 4, 6, 16), _draws(71, 2, 5, 8)], right=lambda **c: -_drawn(c).mean(-1), wrong={
     "the draws already come as often as the teacher's probabilities say; to weigh them by those again counts these twice.": lambda **c: -(c["teacher_probs"].gather(-1, c["drawn"]) * _drawn(c)).mean(-1),
-    "likewise with weights that sum to one: the draws already come in proportion, so a plain mean is unbiased.": lambda **c: (lambda w: -(w / w.sum(-1, keepdim=True) * _drawn(c)).sum(-1))(c["teacher_probs"].gather(-1, c["drawn"])),
+    "you weighed the draws by the teacher's probabilities, made to sum to one: the draws already come in proportion, so a plain mean is unbiased.": lambda **c: (lambda w: -(w / w.sum(-1, keepdim=True) * _drawn(c)).sum(-1))(c["teacher_probs"].gather(-1, c["drawn"])),
     "this is the sum over the draws; it grows with their number.": lambda **c: -_drawn(c).sum(-1),
     "a token that was drawn twice counts twice; you counted distinct tokens once.": lambda **c: torch.stack([-q[d.unique()].mean() for q, d in zip(c["student_log_probs"], c["drawn"])]),
     "the sign is wrong: a loss is minus a log-probability.": lambda **c: _drawn(c).mean(-1)})

@@ -9,12 +9,14 @@ import sys
 import time
 import urllib.request
 
+import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from kdlib.results import REPOSITORY
 
 SCREENSHOTS = REPOSITORY / ".browser"
+expect.set_options(timeout=240_000)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +32,7 @@ def chromium():
 @pytest.fixture
 def page(chromium):
     page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(90_000)
+    page.set_default_timeout(240_000)
     yield page
     page.close()
 
@@ -44,9 +46,15 @@ def shot():
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    """``(url, folder)`` of a JupyterLab whose files are a copy of the notebooks."""
+    """``(url, folder)`` of a JupyterLab whose files are a copy of the notebooks, without what they show."""
     root = tmp_path_factory.mktemp("lab")
     shutil.copytree(REPOSITORY / "notebooks", folder := root / "notebooks")
+    for path in folder.rglob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, path)
     (settings := root / "settings" / "@jupyterlab" / "notebook-extension").mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))  # every cell is in the page
     with socket.socket() as free:
@@ -65,7 +73,7 @@ def lab(tmp_path_factory):
             except OSError:
                 assert server.poll() is None, (root / "log").read_text()
                 time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}/lab/tree", folder
+        yield f"http://127.0.0.1:{port}", folder
     finally:
         server.terminate()
         server.wait(20)
