@@ -151,15 +151,15 @@ def recipes(root: Path) -> str:
 
 
 def costs(root: Path) -> str:
-    """Time and memory of whole studies, and of reading the notebooks."""
-    rows = []
-    for path in (*sorted(root.glob("bench/*-study_*.json")), *sorted(root.glob("bench/*-reading.json"))):
+    """Time and memory of whole studies, of reading the notebooks, and of what a class changes."""
+    rows, brief = [], {"reading": "\"Run All\" of a notebook on the committed results", "live": "a live cell, from nothing or with a setting changed"}
+    for path in (p for name in ("study_*", *brief) for p in sorted(root.glob(f"bench/*-{name}.json"))):
         record = json.loads(path.read_text(encoding="utf-8"))
         found, preset = dict(record["found"]), record["benchmark"].removeprefix("study_")
         whole, cores = found.pop("whole", None), record["environment"]["cpus"]
         memory = f"{max(r['peak_mib'] for r in found.values()) / 1024:.1f} GiB"
         if whole is None:
-            rows.append(["\"Run All\" of a notebook on the committed results", str(cores), f"{min(r['seconds'] for r in found.values()):.0f} to "
+            rows.append([brief[preset], str(cores), f"{min(r['seconds'] for r in found.values()):.0f} to "
                          f"{max(r['seconds'] for r in found.values()):.0f} s", memory])
         else:
             command = {"smoke": "`make smoke`", "lab": "`make study`"}.get(preset, f"`make study PRESET={preset}`")

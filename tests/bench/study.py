@@ -1,7 +1,9 @@
 """What a whole study takes: ``python tests/bench/study.py PRESET`` runs ``make study`` from nothing, notebook by notebook, in one world,
-and notes the seconds and the most memory that all its processes hold together; ``reading`` runs every notebook on the committed results.
+and notes the seconds and the most memory that all its processes hold together; ``reading`` runs every notebook and solution on the committed
+results; ``live`` the cells that a class changes.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,12 +23,12 @@ from kdlib.presets import PRESETS
 ROOT = results.REPOSITORY
 
 
-def watched(command: list[str]) -> dict:
+def watched(command: list[str], **environment: str) -> dict:
     """Seconds of ``command``, and the peaks in MiB of the memory of it and of all that it starts, shared pages counted once: of all, and of all
     but files that are mapped, which the system takes back when it needs room.
     """
     began, most, own = time.perf_counter(), 0, 0
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, **environment}) as process:
         while process.poll() is None:
             held = Counter()
             for member in [top := psutil.Process(process.pid), *top.children(recursive=True)]:
@@ -50,21 +52,42 @@ def study(preset: str) -> dict:
     return found | {"whole": {"seconds": sum(r["seconds"] for r in found.values()), "peak_mib": max(r["peak_mib"] for r in found.values())}}
 
 
+def executed(notebook: Path, out: str, tag: str | None = None, **environment: str) -> dict:
+    """Seconds and memory of "Run All" of a notebook, from its first cell's start to its last one's end, or of its cells with a ``tag``."""
+    row = watched([sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", out, str(notebook)], **environment)
+    cells = [c for c in nbformat.read(Path(out) / notebook.name, 4).cells if c.cell_type == "code" and c.source]
+    chosen = [c.metadata.execution for c in cells if tag is None or tag in c.metadata.get("tags", [])]
+    times = [datetime.fromisoformat(when) for c in chosen for when in (c["iopub.status.busy"], c["shell.execute_reply"])]
+    return row | {"seconds": (max(times) - min(times)).total_seconds()}
+
+
 def reading() -> dict:
-    """Seconds and memory of "Run All" of every notebook on the committed results: from its first cell's start to its last one's end."""
-    found = {}
+    """Seconds and memory of "Run All" of every notebook, and of the exercises' solutions, on the committed results."""
     with tempfile.TemporaryDirectory() as out:
-        for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-            row = watched([sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", out, str(notebook)])
-            cells = [c.metadata.execution for c in nbformat.read(Path(out) / notebook.name, 4).cells if c.cell_type == "code" and c.source]
-            times = [datetime.fromisoformat(when) for c in cells for when in (c["iopub.status.busy"], c["shell.execute_reply"])]
-            found[f"notebooks/{notebook.name}"] = row | {"seconds": (max(times) - min(times)).total_seconds()}
+        paths = [p for where in ("*.ipynb", "exercises/guide.ipynb", "exercises/solutions/*.ipynb") for p in sorted((ROOT / "notebooks").glob(where))]
+        return {p.relative_to(ROOT).as_posix(): executed(p, out) for p in paths}
+
+
+def live() -> dict:
+    """Seconds and memory of the cells that a class changes, each from nothing, and again with another setting."""
+    found, changes = {}, {"02": ('"temperature": 1.0', '"temperature": 4.0'), "03": ('chosen = "strong"', 'chosen = "weak"'),
+                          "04": ('"kd_then_sft", "sft_then_kd"', '"mixture", "human_sft"')}
+    for number, (usual, other) in changes.items():
+        path = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
+        with tempfile.TemporaryDirectory() as home:
+            for name, setting in (("from nothing", usual), ("changed", other)):
+                notebook = nbformat.read(path, 4)
+                cell, = (c for c in notebook.cells if "live" in c.metadata.get("tags", []))
+                assert usual in cell.source
+                cell.source = cell.source.replace("live = False", "live = True").replace(usual, setting)
+                nbformat.write(notebook, copy := Path(home) / path.name)
+                (Path(home) / "out").mkdir(exist_ok=True)
+                found[f"notebooks/{path.name}, {name}"] = executed(copy, f"{home}/out", "live", HOME=home)
     return found
 
 
 if __name__ == "__main__":
-    what = sys.argv[1] if len(sys.argv) == 2 else ""
-    if what not in (*PRESETS, "reading"):
-        sys.exit(f"What to time is {what!r}; allowed: {', '.join(PRESETS)}, reading.")
-    record_of(f"study_{what}" if what in PRESETS else what, study.__doc__ if what in PRESETS else reading.__doc__,
-              lambda: study(what) if what in PRESETS else reading(), threads=1)
+    what, others = sys.argv[1] if len(sys.argv) == 2 else "", {"reading": reading, "live": live}
+    if what not in (*PRESETS, *others):
+        sys.exit(f"What to time is {what!r}; allowed: {', '.join([*PRESETS, *others])}.")
+    record_of(f"study_{what}" if what in PRESETS else what, (others.get(what) or study).__doc__, others.get(what) or (lambda: study(what)), threads=1)
