@@ -246,6 +246,23 @@ def test_a_class_trains_live_what_it_chose(path, smoke_teachers, tmp_path, capsy
             exec(re.sub('chosen = .+?  #', "chosen = 'nobody'  #", cell.source.replace("live = False", "live = True")), names)
 
 
+def test_the_readmes_sweep_and_its_yaml_file_run_as_they_stand_there(smoke_teachers, tmp_path):
+    """With values whose runs are there: what is new is the shell's part, not the training."""
+    blocks = re.findall(r"```\n(.*?)```", (results.REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
+    recipes = [b for b in blocks if b.startswith(("for t in", "cat > mine.yaml"))]
+    known = {"0.5 1 2 4": "1", "[50, 200, 800]": "[100, 1600]", "[0, 1, 2]": "[0, 1]", "reverse_kl": "forward_kl"}
+    assert len(recipes) == 2 and all(old in "".join(recipes) for old in known)
+    (tmp_path / "notebooks").symlink_to(FOLDER)
+    shutil.copytree(smoke_teachers[0] / "results", tmp_path / "my-results")
+    for block in recipes:
+        for old, new in known.items():
+            block = block.replace(old, new)
+        subprocess.run(["sh", "-ec", block], cwd=tmp_path, check=True, capture_output=True,
+                       env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"})
+    for name, found in (("temperature-1", "20 of 20"), ("out", "8 of 8")):
+        assert f"{found} runs found in smoke/runs; 0 to train" in text_of(code(read(tmp_path / f"{name}.ipynb")))
+
+
 def test_the_report_draws_nothing_from_an_incomplete_grid(smoke_teachers, tmp_path):
     folder, _ = smoke_teachers
     shutil.copytree(folder / "results", tmp_path / "results")
