@@ -266,3 +266,22 @@ def test_the_guides_records_are_whole_and_of_this_code():
             plan = study.plan(experiment, {"preset": "smoke", "results_dir": str(FOLDER / "expected"), "seeds": list(range(10)), "train_missing": False, **settings})
             there += results.read_records(plan.root, "smoke", plan.ids)
         assert len({r["run_id"] for r in there}) >= least, experiment
+
+
+def test_what_the_guide_says_of_its_table_is_in_its_records():
+    names = {"display": lambda *_: None}
+    for cell in nbformat.read(GUIDE, 4).cells:
+        if cell.id in ("g-02", "g-07", "g-08"):
+            exec(cell.source.replace("pd.concat(", "table = pd.concat("), names)
+    table = names["table"]
+    ends = {metric: table[f"lead in {metric}"].str.extract(r"\((\S+) to (\S+)\)").astype(float) for metric in ("accuracy", "NLL")}
+    holds_zero = (ends["accuracy"][0] <= 0) & (ends["accuracy"][1] >= 0)
+    assert holds_zero.mean() > 0.8
+    low, high = ends["NLL"][0], ends["NLL"][1]
+    for cell in table.index.levels[0]:
+        if cell.startswith(("02", "03")):
+            assert low[cell, 100] > 0 and abs(low[cell, 1600]) < low[cell, 100]
+            assert high[cell, 1600] < 0 if "strong" in cell or "temperature 4" in cell else low[cell, 1600] > 0
+        else:
+            means = table["lead in NLL"].str.split().str[0].astype(float)
+            assert (means[cell] < 0).all()
