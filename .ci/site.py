@@ -18,12 +18,13 @@ HOME = results.REPOSITORY / "notebooks"
 NOTEBOOKS, SHEETS = sorted(HOME.glob("*.ipynb")), sorted((HOME / "exercises").glob("[1-9]_*.ipynb"))
 STYLE = """<style>
 main { max-width: 62rem; margin: 0 auto; padding: 0 1rem; }
-.jp-RenderedHTMLCommon a { text-decoration: underline; }
-.jp-RenderedHTMLCommon a.anchor-link { text-decoration: none; color: #595959; }
+.jp-RenderedHTMLCommon a:is(:link, :visited) { text-decoration: underline; }
+.jp-RenderedHTMLCommon a.anchor-link:is(:link, :visited) { text-decoration: none; color: #595959; }
 .jp-RenderedImage img { max-width: 100%; height: auto; }
 .wide, pre { max-width: 100%; overflow-x: auto; }
 .jp-Cell, .jp-OutputArea-output { max-width: 100%; min-width: 0; }
 .highlight .c1, .highlight .c { color: #4a6a6a; } .highlight .o, .highlight .ow { color: #7a2ca8; }
+.highlight :is(.m, .mi, .mf, .mb, .mh, .mo) { color: #00605c; }
 @media (max-width: 40rem) { main, .jp-Cell { padding-left: 0.3rem; padding-right: 0.3rem; } }
 </style>"""
 

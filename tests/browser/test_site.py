@@ -9,8 +9,8 @@ from axe_playwright_python.sync_playwright import Axe
 
 from kdlib.results import REPOSITORY
 
-PAGES = ["index", *(p.relative_to(REPOSITORY / "notebooks").with_suffix("").as_posix() for p in sorted((REPOSITORY / "notebooks").rglob("*.ipynb"))
-                    if ".ipynb_checkpoints" not in p.parts)]
+PAGES = ["index", *(p.relative_to(REPOSITORY / "notebooks").with_suffix("").as_posix()
+                    for where in ("*.ipynb", "exercises/[1-9]_*.ipynb") for p in sorted((REPOSITORY / "notebooks").glob(where)))]
 
 
 @pytest.fixture(scope="module")
@@ -47,4 +47,4 @@ def test_every_link_of_a_page_leads_to_a_page_and_a_place(page, site, name):
         target, _, place = link.removeprefix("file://").partition("#")
         assert Path(target).is_file(), link
         if place and Path(target) == site / f"{name}.html":
-            assert page.evaluate("place => document.getElementById(decodeURIComponent(place)) !== null", place), link
+            assert page.evaluate("place => [place, decodeURIComponent(place)].some(i => document.getElementById(i) !== null)", place), link
