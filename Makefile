@@ -33,7 +33,7 @@ smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke
 
 test: $(READY)
-	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[cluster,lora,eval,serve]'
+	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[cluster,course,eval,lora,serve]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
