@@ -78,9 +78,13 @@ def build(folder: Path) -> int:
 
 
 def slides(folder: Path) -> int:
-    """Write every notebook as slides, and say how many."""
+    """Write every notebook as slides, figures and tables without the code that draws them, and say how many."""
     for path in NOTEBOOKS:
-        made = page(nbformat.read(path, 4), path, exporter=SlidesExporter, of=NOTEBOOKS, reveal_scroll=True)
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if any({"image/png", "text/html"} & o.get("data", {}).keys() for o in cell.get("outputs", ())):
+                cell.metadata["transient"] = {"remove_source": True}
+        made = page(notebook, path, exporter=SlidesExporter, of=NOTEBOOKS, reveal_scroll=True)
         store.write_atomic(folder / path.with_suffix(".html").name, made)
     return len(NOTEBOOKS)
 

@@ -165,6 +165,7 @@ def test_slides_show_what_is_read_and_not_what_prepares(tmp_path):
         text = (tmp_path / path.with_suffix(".html").name).read_text(encoding="utf-8")
         kinds = [c.metadata.slideshow.slide_type for c in nbformat.read(path, 4).cells]
         assert text.count("<section>") >= 2 * kinds.count("slide") and "find_spec" not in text and "No description has been provided" not in text
+        assert "<img" in text and ".show()" not in re.sub(r"<[^>]+>", "", re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S))
 
 
 def test_the_readmes_claims_are_those_of_the_results():
