@@ -117,6 +117,8 @@ WRONG = [  # written as a learner might, each with words of the diagnosis that i
     ("cache_bytes", lambda prompt_tokens, response_tokens, k: response_tokens * (2 * k + 4), "forgot the ids"),
     ("cache_bytes", lambda prompt_tokens, response_tokens, k: 6 * k * response_tokens, "mass of all other"),
     ("template", GEN.replace("BODY", "{{ m.content }}{{ eos_token }}"), "nothing is marked"),
+    ("template", "{% for m in messages %}<|{{ m.role }}|> {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+     "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}", "a space stands between"),
     ("template", GEN.replace("BODY", "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"), "every turn is marked"),
     ("template", GEN.replace("BODY", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{{ eos_token }}{% endif %}"),
      "never learn to stop"),
@@ -127,6 +129,7 @@ WRONG = [  # written as a learner might, each with words of the diagnosis that i
     ("labels_of", lambda ids, turns: [t if any(a <= i <= b for a, b in turns) else 0 for i, t in enumerate(ids)], "0 is a token"),
     ("labels_of", lambda ids, turns: ids, "learn the prompts"),
     ("next_token_loss", lambda logits, labels: F.cross_entropy(logits, labels), "its own token"),
+    ("next_token_loss", lambda logits, labels: F.cross_entropy(logits, torch.roll(labels, -1)), "roll brings"),
     ("next_token_loss", lambda logits, labels: F.cross_entropy(logits[1:], labels[:-1]), "wrong way"),
     ("next_token_loss", lambda logits, labels: F.cross_entropy(logits[:-1], labels[1:], reduction="sum"), "this is the sum"),
     ("paired_interval", lambda kd, sft: scipy_stats.ttest_ind(kd, sft, equal_var=False).confidence_interval(), "independent"),
@@ -141,15 +144,22 @@ WRONG = [  # written as a learner might, each with words of the diagnosis that i
     ("batch_loss", lambda *c: per_token(*c, lambda x, keep: x.mean()), "masked ones included"),
     ("batch_loss", lambda *c: per_token(*c, lambda x, keep: (x.sum(1) / keep.sum(1)).mean()), "mean of every sequence"),
     ("batch_loss", lambda *c: per_token(*c, lambda x, keep: x.sum() / keep.sum(), square=False), "T² is missing"),
+    ("batch_loss", lambda s, t, y, T, a: (1 - a) * F.cross_entropy(s.flatten(0, 1), y.flatten(), ignore_index=-100) + a * T * T * F.kl_div(
+        (s / T).log_softmax(-1), (t / T).softmax(-1), reduction="none").sum(-1).mean(), "both need the mask"),
+    ("batch_loss", lambda s, t, y, T, a: (1 - a) * F.cross_entropy(s.flatten(0, 1), y.flatten(), ignore_index=-100) + a * T * T * F.kl_div(
+        (s / T).log_softmax(-1), (t / T).softmax(-1), reduction="batchmean"), "batchmean"),
     ("batch_loss", lambda s, t, y, T, a: per_token(s, t, y, T, 1 - a, lambda x, keep: x.sum() / keep.sum()), "wrong side"),
     ("gradient", lambda s, t, T: T * ((t / T).softmax(-1) - (s / T).softmax(-1)), "sign is wrong"),
     ("gradient", lambda s, t, T: ((s / T).softmax(-1) - (t / T).softmax(-1)) / T, "left out T²"),
     ("gradient", lambda s, t, T: T * T * ((s / T).softmax(-1) - (t / T).softmax(-1)), "inner derivative"),
     ("budget", lambda skills, n, seed: anew(skills, n, seed), "no part of the large"),
-    ("budget", lambda skills, n, seed: np.random.default_rng(seed).permutation(len(skills))[:n].tolist(), "left to chance"),
+    ("budget", lambda skills, n, seed: [i for k in sorted(set(skills)) for i in random.Random(f"{k}{seed}").sample(
+        [j for j, s in enumerate(skills) if s == k], skills.count(k))[:n // len(set(skills))]], "forget how often"),
+    ("budget", lambda skills, n, seed: np.random.default_rng(seed).permutation(len(skills))[:n].tolist(), "leaves that to chance"),
     ("budget", lambda skills, n, seed: range(n), "first rows"),
     ("verdict", lambda low, high, d: "supported" if low > 0 else "refuted" if high < 0 else "no meaningful difference", "does not show that there is no"),
     ("verdict", lambda low, high, d: "supported" if low > 0 else "refuted" if high < 0 else "inconclusive", "is a finding"),
+    ("verdict", lambda low, high, d: "no meaningful difference" if -d < low and high < d else decide(low, high, d), "supported all the same"),
     ("verdict", lambda low, high, d: decide(low - d if low > 0 else low, high + d if high < 0 else high, d), "not the bar"),
     ("fall_per_doubling", lambda b, g: by_seed(b, g, np.log), "factor e"),
     ("fall_per_doubling", lambda b, g: -by_seed(b, g, np.log2), "sign is wrong"),
@@ -168,6 +178,10 @@ WRONG = [  # written as a learner might, each with words of the diagnosis that i
     ("mixture", lambda h, s, n: [(s, h)[i % 2][i // 2 % len((s, h)[i % 2])] for i in range(n)], "first turn"),
     ("needs_all", lambda found, d: decide(*(sum(x) / len(found) for x in zip(*found)), d), "average hides"),
     ("needs_all", lambda found, d: max((v := [decide(*i, d) for i in found]), key=lambda x: (v.count(x), [-ord(c) for c in x])), "majority"),
+    ("needs_all", lambda found, d: decide(*min(found), d), "reaches far down"),
+    ("needs_all", lambda found, d: "supported" if any(low > 0 for low, _ in found) else min((decide(*i, d) for i in found), key=["refuted", "inconclusive", "no meaningful difference"].index), "one win is not enough"),
+    ("needs_all", lambda found, d: [decide(*i, d) for i in found][-1], "only the last"),
+    ("needs_all", lambda found, d: min((decide(*i, d) for i in found), key=["refuted", "no meaningful difference", "inconclusive", "supported"].index), "a finding"),
     ("needs_all", lambda found, d: "supported" if all(low > 0 for low, _ in found) else "refuted", "as open as its weakest"),
     ("lead", lambda f: cells(f, "domain")["human_sft"] - cells(f, "domain")["kd_then_sft"], "sign is wrong"),
     ("lead", lambda f: cells(f, "budget")["kd_then_sft"] - cells(f, "budget")["human_sft"], "one number a budget"),
@@ -192,7 +206,7 @@ def test_mistakes_are_told_apart(name):
     for message, mistake in exercise.wrong.items():
         named = mistake if exercise.see else lambda *given, mistake=mistake: mistake(**dict(zip(exercise.cases[0], given)))
         solved, said = checks.diagnose(name, named)
-        assert not solved and (said == message or said.startswith("it gives"))
+        assert not solved and said == message
 
 
 def raises(*_, **__):
@@ -208,6 +222,34 @@ def test_no_answer_crashes_a_check(name, answer, capsys):
     checks.check(name, answer)
     *printed, said = capsys.readouterr().out.splitlines()
     assert said.startswith(f"✗ {checks.EXERCISES[name].number} {name}: ") and (answer is print or not printed)
+
+
+class Unspeakable(str):
+    """What raises when it is compared, shown or hashed."""
+
+    __eq__ = __hash__ = __str__ = __repr__ = raises
+
+
+class UnspeakableError(Exception):
+    __str__ = raises
+
+
+def throws(*_, **__):
+    raise UnspeakableError
+
+
+@pytest.mark.parametrize("name", checks.EXERCISES)
+def test_not_even_an_answer_that_cannot_be_shown_crashes_a_check(name):
+    for answer in (throws, Unspeakable(), lambda *a, **k: Unspeakable(), lambda *a, **k: [Unspeakable()]):
+        solved, message = checks.diagnose(name, answer)
+        assert not solved and (checks.EXERCISES[name].expects in message or message.startswith("not yet"))
+    assert not checks.diagnose(Unspeakable(), raises)[0]
+
+
+def test_a_series_in_another_order_is_the_same_and_a_large_array_is_shown_where_it_differs():
+    assert checks.diagnose("lead", lambda frame: checks.EXERCISES["lead"].right(frame).iloc[::-1])[0]
+    solved, message = checks.diagnose("soften", lambda logits, temperature: F.log_softmax(logits / temperature, -1) + 0.5 * (torch.arange(logits.shape[1]) == 2))
+    assert not solved and " at [0, 2], where " in message
 
 
 def test_a_name_that_is_no_exercise_is_said(capsys):

@@ -40,9 +40,9 @@ EXERCISES: dict[str, Exercise] = {}
 
 def check(name: str, answer) -> None:
     """Print whether ``answer`` solves the exercise, and if it does not, the likely mistake."""
-    solved, message = diagnose(name, answer)
-    known = EXERCISES.get(name) if isinstance(name, str) else None
-    print(f"{'✓' if solved else '✗'} {f'{known.number} ' if known else ''}{name}: {message}")
+    right, message = diagnose(name, answer)
+    number = f"{EXERCISES[name].number} " if type(name) is str and name in EXERCISES else ""
+    print(f"{'✓' if right else '✗'} {number}{name}: {message}")
 
 
 def solved(name: str, answer) -> bool:
@@ -52,38 +52,44 @@ def solved(name: str, answer) -> bool:
 
 def diagnose(name: str, answer) -> tuple[bool, str]:
     """Whether ``answer`` solves exercise ``name``, and what to say of it; nothing that an answer does is raised."""
-    if not isinstance(name, str) or name not in EXERCISES:
+    if type(name) is not str or name not in EXERCISES:
         return False, f"there is no such exercise; there are {', '.join(EXERCISES)}."
-    exercise = EXERCISES[name]
+    try:
+        return _judged(EXERCISES[name], answer)
+    except Exception:  # an answer may hold what raises when it is compared or shown
+        return False, f"what it gives cannot be compared. Expected: {EXERCISES[name].expects}."
+
+
+def _judged(task: Exercise, answer) -> tuple[bool, str]:
     if answer is None:
-        return False, f"nothing is written yet. Expected: {exercise.expects}."
-    if exercise.kind == "function" and not callable(answer) or exercise.kind == "text" and not isinstance(answer, str):
-        return False, f"a {exercise.kind} is wanted, not {_named(answer)}. Expected: {exercise.expects}."
-    seen, see = [], exercise.see or (lambda answer, case: answer(*case.values()))  # whatever a learner calls the arguments
-    for case in exercise.cases:
+        return False, f"nothing is written yet. Expected: {task.expects}."
+    if task.kind == "function" and not callable(answer) or task.kind == "text" and not isinstance(answer, str):
+        return False, f"a {task.kind} is wanted, not {_named(answer)}. Expected: {task.expects}."
+    seen, see = [], task.see or (lambda answer, case: answer(*case.values()))  # whatever a learner calls the arguments
+    for case in task.cases:
         try:
             seen.append(see(answer, copy.deepcopy(case)))
         except (Exception, SystemExit) as error:  # whatever a learner's code does
-            return False, f"your {exercise.kind} raises {type(error).__name__}: {_short(error)}. Expected: {exercise.expects}."
+            return False, f"your {task.kind} raises {type(error).__name__}: {_short(error)}. Expected: {task.expects}."
         if seen[-1] is None:
-            return False, f"nothing is written yet, or `return` is missing. Expected: {exercise.expects}."
-    wanted = _results(exercise, exercise.right)
-    for got, want in zip(seen, wanted):
-        if difference := _unlike(got, want):
-            return False, f"{difference}. Expected: {exercise.expects}."
+            return False, f"nothing is written yet, or `return` is missing. Expected: {task.expects}."
+    wanted = _results(task, task.right)
     if all(_same(got, want) for got, want in zip(seen, wanted)):
         return True, "right."
-    for message, mistake in exercise.wrong.items():
-        if all(_same(got, other) for got, other in zip(seen, _results(exercise, mistake))):
+    for message, mistake in task.wrong.items():
+        if all(_same(got, other) for got, other in zip(seen, _results(task, mistake))):
             return False, message
-    got, want, case = next((g, w, c) for g, w, c in zip(seen, wanted, exercise.cases) if not _same(g, w))
+    for got, want in zip(seen, wanted):
+        if difference := _unlike(got, want):
+            return False, f"{difference}. Expected: {task.expects}."
+    got, want, case = next((g, w, c) for g, w, c in zip(seen, wanted, task.cases) if not _same(g, w))
     if isinstance(want, dict):
-        return False, f"not yet. What does not hold: {', '.join(k for k in want if got[k] != want[k])}."
-    return False, f"not yet, and not by a mistake that is known here. With {_shown(case)} it gives {_shown(got)}, where {_shown(want)} is right."
+        return False, f"not yet. What does not hold: {', '.join(k if want[k] is True else f'{k}, {got[k]!r} instead of {want[k]!r}' for k in want if got[k] != want[k])}."
+    return False, f"not yet, and not by a mistake that is known here. With {_shown(case)} it gives {_contrast(got, want)}."
 
 
-def _results(exercise: Exercise, answer) -> list:
-    return [(exercise.see or (lambda answer, case: answer(**case)))(answer, copy.deepcopy(case)) for case in exercise.cases]
+def _results(task: Exercise, answer) -> list:
+    return [(task.see or (lambda answer, case: answer(**case)))(answer, copy.deepcopy(case)) for case in task.cases]
 
 
 def _plain(value):
@@ -135,6 +141,15 @@ def _shown(value) -> str:
     return _short(np.array2string(numbers, precision=4, separator=", ").replace("\n", ""))
 
 
+def _contrast(got, want) -> str:
+    """Both in whole if they are short, else the first place where they differ."""
+    a, b = _plain(got), _plain(want)
+    if b is None or b.size <= 12:
+        return f"{_shown(got)}, where {_shown(want)} is right"
+    at = tuple(int(i) for i in np.argwhere(~np.isclose(a, b, rtol=1e-4, atol=1e-6))[0])
+    return f"{a[at]:.4g} at {list(at)}, where {b[at]:.4g} is right"
+
+
 def exercise(name: str, number: str, expects: str, **parts) -> None:
     """Enter an exercise."""
     EXERCISES[name] = Exercise(number, expects, **parts)
@@ -154,7 +169,9 @@ exercise("soften", "1.1", "log-probabilities of shape (N, V)", right=lambda logi
     "these are probabilities; take their logarithm (log_softmax does both, and stays exact where a probability is tiny).": lambda logits, temperature: F.softmax(logits / temperature, -1),
     "you normalised over the rows (dim 0); every row is one token to predict, so normalise over the vocabulary, the last dimension.": lambda logits, temperature: F.log_softmax(logits / temperature, 0),
     "you divided the log-probabilities by the temperature after normalising, so the probabilities do not sum to one; divide the logits.": lambda logits, temperature: F.log_softmax(logits, -1) / temperature,
-    "the temperature changes nothing in your function; divide the logits by it.": lambda logits, temperature: F.log_softmax(logits, -1)})
+    "the temperature changes nothing in your function; divide the logits by it.": lambda logits, temperature: F.log_softmax(logits, -1),
+    "these are logits still; log_softmax makes log-probabilities of them.": lambda logits, temperature: logits / temperature,
+    "two things: divide by the temperature instead of multiplying, and take the logarithm.": lambda logits, temperature: F.softmax(logits * temperature, -1)})
 
 
 def _kl(p, q):
@@ -173,12 +190,24 @@ exercise("forward_kl", "1.2", "one divergence a row, in nats, shape (N,)", right
     "the sign is wrong: KL(p ‖ q) is the expectation of log p − log q, which is never below zero.": lambda student_logits, teacher_logits: -_kl(*_both(student_logits, teacher_logits))})
 
 
-def _batch(student_logits, teacher_logits, labels, temperature, alpha, square=True, at=1.0):
+def _batch(student_logits, teacher_logits, labels, temperature, alpha, power=2, at=1.0, kl_at=None, kl=_kl):
     """Sums over the tokens in the loss, of (1 − α)·CE + α·T²·KL."""
     learned = labels != IGNORE
-    p, q = _both(student_logits[learned], teacher_logits[learned], temperature)
+    p, q = _both(student_logits[learned], teacher_logits[learned], kl_at or temperature)
     ce = F.cross_entropy(student_logits[learned] / at, labels[learned], reduction="none")
-    return ((1 - alpha) * ce + alpha * (temperature**2 if square else 1) * _kl(p, q)).sum(), learned
+    return ((1 - alpha) * ce + alpha * temperature**power * kl(p, q)).sum(), learned
+
+
+def _per_token(**c):
+    total, learned = _batch(**c)
+    return total / learned.sum()
+
+
+def _unmasked_kl(per, student_logits, teacher_logits, labels, temperature, alpha):
+    """The cross-entropy of what has a label, and the divergence of everything, divided by ``per`` of its shape (B, L)."""
+    kl = _kl(*_both(student_logits, teacher_logits, temperature))
+    ce = F.cross_entropy(student_logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    return (1 - alpha) * ce + alpha * temperature**2 * kl.sum() / per(*kl.shape)
 
 
 def _batch_case(seed, rows, length, temperature, alpha):
@@ -188,15 +217,21 @@ def _batch_case(seed, rows, length, temperature, alpha):
             "temperature": temperature, "alpha": alpha}
 
 
-exercise("batch_loss", "1.3", "one number, the loss of the batch", right=lambda **c: (lambda total, learned: total / learned.sum())(*_batch(**c)),
+exercise("batch_loss", "1.3", "one number, the loss of the batch", right=_per_token,
          cases=[_batch_case(10, 3, 8, 2.0, 0.7), _batch_case(20, 2, 6, 1.5, 0.2)], wrong={
     "you divided by the number of sequences; the loss is per token, or it grows with the length of the answers.": lambda **c: _batch(**c)[0] / len(c["labels"]),
     "you divided by all tokens, masked ones included; only tokens with a label other than −100 are learned.": lambda **c: _batch(**c)[0] / c["labels"].numel(),
     "you took the mean of every sequence and then the mean of those, which gives a token of a short answer more weight.": lambda **c: torch.stack([
-        (lambda total, learned: total / learned.sum())(*_batch(**{**c, **{k: c[k][i:i + 1] for k in ("student_logits", "teacher_logits", "labels")}})) for i in range(len(c["labels"]))]).mean(),
-    "T² is missing: without it the soft targets count less and less as the temperature rises.": lambda **c: (lambda total, learned: total / learned.sum())(*_batch(**c, square=False)),
-    "α is on the wrong side: it is the teacher's weight, and 1 − α that of the labels.": lambda **c: (lambda total, learned: total / learned.sum())(*_batch(**{**c, "alpha": 1 - c["alpha"]})),
-    "you softened the cross-entropy too; the temperature belongs to the divergence, labels are learned at temperature 1.": lambda **c: (lambda total, learned: total / learned.sum())(*_batch(**c, at=c["temperature"])),
+        _per_token(**{**c, **{k: c[k][i:i + 1] for k in ("student_logits", "teacher_logits", "labels")}}) for i in range(len(c["labels"]))]).mean(),
+    "T² is missing: without it the soft targets count less and less as the temperature rises.": lambda **c: _per_token(**c, power=0),
+    "you multiplied by T; it takes T² to make up for the gradient, which shrinks by T twice.": lambda **c: _per_token(**c, power=1),
+    "α is on the wrong side: it is the teacher's weight, and 1 − α that of the labels.": lambda **c: _per_token(**{**c, "alpha": 1 - c["alpha"]}),
+    "you softened the cross-entropy too; the temperature belongs to the divergence, labels are learned at temperature 1.": lambda **c: _per_token(**c, at=c["temperature"]),
+    "the divergence has to be between softened distributions; you took it at temperature 1.": lambda **c: _per_token(**c, kl_at=1.0),
+    "this has the reverse KL in it: the expectation has to be under the teacher's probabilities.": lambda **c: _per_token(**c, kl=lambda p, q: _kl(q, p)),
+    "the cross-entropy is over the tokens with a label, but the divergence over all; both need the mask.": lambda **c: _unmasked_kl(lambda rows, length: rows * length, **c),
+    "the divergence is summed over all tokens, masked ones too, and divided by sequences; reduction='batchmean' divides by the first dimension alone. Pick the "
+    "tokens with a label first.": lambda **c: _unmasked_kl(lambda rows, length: rows, **c),
     "this is the sum over tokens; divide by the number of tokens with a label.": lambda **c: _batch(**c)[0]})
 
 
@@ -210,7 +245,8 @@ exercise("gradient", "1.4", "the gradient by the student's logits, shape (N, V)"
     "you left out T²: with it, one T stays of the two, for the logits are divided by T once.": lambda **c: _slope(**c, power=-1),
     "you forgot the inner derivative: the logits are divided by T, which takes one T of T² away.": lambda **c: _slope(**c, power=2),
     "T·(q − p) is right, but p and q have to be the softened distributions, with the logits divided by T.": lambda **c: _slope(**c, at=1.0),
-    "q − p is the gradient of the plain KL of logits that nothing divides; both T² and the division by T leave a trace.": lambda **c: _slope(**c, power=0)})
+    "q − p is the gradient of the plain KL of logits that nothing divides; both T² and the division by T leave a trace.": lambda **c: _slope(**c, power=0),
+    "this is the gradient of the mean over rows; of every row's own loss it is as many times that.": lambda **c: _slope(**c) / len(c["student_logits"])})
 
 
 # Sheet 2: masks and templates
@@ -231,7 +267,9 @@ exercise("labels_of", "2.1", "a list of as many labels as there are tokens", rig
     "0 is a token of the vocabulary and would be learned; what is not in the loss gets −100.": lambda **c: _labels(**c, filler=0),
     "this is the complement: the assistant's tokens keep their ids, all others get −100.": lambda input_ids, turns: [
         t if kept == IGNORE else IGNORE for t, kept in zip(input_ids, _labels(input_ids, turns))],
-    "the labels are moved by one; a label stands at its own token's place, and the loss does the shift.": lambda input_ids, turns: [*_labels(input_ids, turns)[1:], IGNORE]})
+    "the labels are moved by one; a label stands at its own token's place, and the loss does the shift.": lambda input_ids, turns: [*_labels(input_ids, turns)[1:], IGNORE],
+    "the labels are moved by one to the right; a label stands at its own token's place, and the loss does the shift.": lambda input_ids, turns: [IGNORE, *_labels(input_ids, turns)[:-1]],
+    "one token too many: after the token that ends the turn somebody else speaks.": lambda **c: _labels(**c, end=2)})
 
 
 def _next(logits, labels, back=0, ahead=1):
@@ -239,16 +277,17 @@ def _next(logits, labels, back=0, ahead=1):
     return F.cross_entropy(kept, wanted, ignore_index=IGNORE, reduction="sum"), wanted
 
 
-def _row(length, seed):
+def _row(length, seed, prompt=2):
     labels = torch.randint(0, 5, (length,), generator=torch.Generator().manual_seed(seed))
-    labels[:2], labels[4] = IGNORE, IGNORE
+    labels[:prompt], labels[4] = IGNORE, IGNORE
     return {"logits": _logits(length, 5, seed=seed), "labels": labels}
 
 
-exercise("next_token_loss", "2.2", "one number, the mean over the tokens in the loss", cases=[_row(9, 30), _row(6, 40)],
+exercise("next_token_loss", "2.2", "one number, the mean over the tokens in the loss", cases=[_row(9, 30), _row(6, 40), _row(7, 50, prompt=0)],
          right=lambda logits, labels: (lambda total, wanted: total / (wanted != IGNORE).sum())(*_next(logits, labels)), wrong={
     "you compared every position with its own token, which the model has just read; position i predicts token i + 1.": lambda logits, labels: F.cross_entropy(logits, labels, ignore_index=IGNORE),
     "you shifted the wrong way: drop the last row of the logits and the first label.": lambda logits, labels: F.cross_entropy(logits[1:], labels[:-1], ignore_index=IGNORE),
+    "roll brings the first label round to the end, where nothing is left to predict; cut it off instead.": lambda logits, labels: F.cross_entropy(logits, labels.roll(-1), ignore_index=IGNORE),
     "this is the sum; divide by the number of tokens in the loss.": lambda logits, labels: _next(logits, labels)[0],
     "you divided by all tokens; those with label −100 are not in the loss.": lambda logits, labels: _next(logits, labels)[0] / (len(labels) - 1)})
 
@@ -258,11 +297,12 @@ _TURN = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 
 
 
 def _read(template, case):
-    """What a template writes, and what of it is learned, as words; text that a learner forgot counts as well."""
+    """What a template writes, and which words of it are learned."""
     tokenizer = copy.copy(_TOKENIZER)
     tokenizer.chat_template = template
-    out = tokenizer.apply_chat_template(case["messages"], return_dict=True, return_assistant_tokens_mask=True)
-    return {"text": tokenizer.decode(out["input_ids"]), "learned": tokenizer.decode([t for t, m in zip(out["input_ids"], out["assistant_masks"]) if m])}
+    out = tokenizer.apply_chat_template(case["messages"], return_dict=True, return_assistant_tokens_mask="generation" in template)
+    masks = out.get("assistant_masks", [0] * len(out["input_ids"]))
+    return {"text": tokenizer.apply_chat_template(case["messages"], tokenize=False), "learned": tokenizer.decode([t for t, m in zip(out["input_ids"], masks) if m])}
 
 
 exercise("template", "2.3", "text in Jinja that writes <|role|>, the content and the end token of every message", kind="text", see=_read, cases=[{"messages": _TALK}],
@@ -273,6 +313,9 @@ exercise("template", "2.3", "text in Jinja that writes <|role|>, the content and
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ '<|assistant|>' + m['content'] + eos_token }}{% endgeneration %}{% else %}"
         "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endif %}{% endfor %}",
     "every turn is marked, the user's too; only the assistant's words are to be learned.": "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endfor %}",
+    "every turn ends with a line break, which becomes part of the text; nothing stands between the parts.": _TURN.replace("%s", "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}").replace(
+        "{% endfor %}", "{{ '\\n' }}{% endfor %}"),
+    "a space stands between role and content; nothing stands between the parts.": _TURN.replace("%s", "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}").replace("'|>' }}", "'|> ' }}"),
     "there is no end token after the turns, so where one ends cannot be seen.": _TURN.replace("%s", "{% generation %}{{ m['content'] }}{% endgeneration %}").replace("m['content'] + eos_token", "m['content']")})
 
 exercise("accumulated", "2.4", "one number, the loss of the whole step", cases=[
@@ -312,7 +355,7 @@ def _anew(skills, n, seed):
 
 exercise("budget", "3.1", "a list of n row numbers", see=_budget, cases=[{"skills": ["add", "sort"] * 12 + ["name"] * 24}], right=lambda skills, n, seed: nested_order(skills, seed)[:n], wrong={
     "the small budgets are no part of the large ones, so a step from one to the next changes which rows are seen, too. Fix one order a seed and take its first n.": _anew,
-    "skills are left to chance: with few rows one may be missing altogether. Spread every skill evenly over the order.": lambda skills, n, seed: random.Random(seed).sample(range(len(skills)), len(skills))[:n],
+    "the skills are not in proportion: a plain permutation leaves that to chance, and as many rows of each forget how often each occurs. Spread every skill evenly over the order.": lambda skills, n, seed: random.Random(seed).sample(range(len(skills)), len(skills))[:n],
     "the seed changes nothing: seeds have to draw different rows, or the interval does not cover the luck of the draw.": lambda skills, n, seed: nested_order(skills, 0)[:n],
     "the same call gives other rows every time; draw from random.Random(seed), so that a run can be repeated.": lambda skills, n, seed: nested_order(skills, random.random())[:n],
     "these are the first rows as they stand in the file; draw them by the seed, every skill in proportion.": lambda skills, n, seed: list(range(n)),
@@ -344,11 +387,13 @@ def _verdict(low, high, delta):
 
 
 exercise("verdict", "3.3", "'supported', 'refuted', 'no meaningful difference' or 'inconclusive'", right=_verdict,
-         cases=[dict(zip(("low", "high", "delta"), c)) for c in ((0.02, 0.05, 0.01), (0.002, 0.03, 0.01), (-0.04, -0.02, 0.01), (-0.008, 0.006, 0.01), (-0.03, 0.05, 0.01), (-0.005, 0.02, 0.01))], wrong={
+         cases=[dict(zip(("low", "high", "delta"), c)) for c in ((0.02, 0.05, 0.01), (0.002, 0.03, 0.01), (-0.04, -0.02, 0.01), (-0.008, 0.006, 0.01), (-0.03, 0.05, 0.01), (-0.005, 0.02, 0.01), (0.002, 0.008, 0.01), (-0.008, -0.002, 0.01))], wrong={
     "an interval with zero in it does not show that there is no difference: it may hold large ones, too. That needs the whole interval inside ±δ.":
         lambda low, high, delta: "supported" if low > 0 else "refuted" if high < 0 else "no meaningful difference",
     "δ is not the bar for 'supported': a low end above zero is enough; δ says when nothing that matters is left.":
         lambda low, high, delta: "supported" if low > delta else "refuted" if high < -delta else "no meaningful difference" if -delta < low and high < delta else "inconclusive",
+    "you ask for ±δ first; a small difference that is surely above zero is supported all the same. The first rule that fits counts.":
+        lambda low, high, delta: "no meaningful difference" if -delta < low and high < delta else "supported" if low > 0 else "refuted" if high < 0 else "inconclusive",
     "you never say 'no meaningful difference': an interval inside ±δ is a finding.": lambda low, high, delta: "supported" if low > 0 else "refuted" if high < 0 else "inconclusive",
     "the middle of an interval decides nothing; its ends do.": lambda low, high, delta: "supported" if low + high > 2 * delta else "refuted" if low + high < -2 * delta else "no meaningful difference",
     "refuted and supported are swapped: above zero KD is better, as the claim says.": lambda low, high, delta: {"supported": "refuted", "refuted": "supported"}.get(
@@ -425,7 +470,8 @@ exercise("shared_vocabulary", "4.4", "log-probabilities of shape (N, vocabulary)
     "these are logits; normalise what is left.": lambda teacher_logits, vocabulary: teacher_logits[:, :vocabulary],
     "you kept the width and set the padding to −inf; the student's rows are only as wide as the shared vocabulary.": lambda teacher_logits, vocabulary: F.log_softmax(teacher_logits.index_fill(
         -1, torch.arange(vocabulary, teacher_logits.shape[-1]), -math.inf), -1),
-    "these are probabilities; take their logarithm.": lambda teacher_logits, vocabulary: F.softmax(teacher_logits[:, :vocabulary], -1)})
+    "these are probabilities; take their logarithm.": lambda teacher_logits, vocabulary: F.softmax(teacher_logits[:, :vocabulary], -1),
+    "two things: cut the logits before the softmax, and take the logarithm.": lambda teacher_logits, vocabulary: F.softmax(teacher_logits, -1)[:, :vocabulary]})
 
 
 # Sheet 5: two stages
@@ -468,16 +514,28 @@ def _by_mean(intervals, delta):
     return _verdict(*np.mean(intervals, axis=0), delta)
 
 
+def _least(*order):
+    """The verdict of a learner who puts the four in this order, the weakest first."""
+    return lambda intervals, delta: min((_verdict(*i, delta) for i in intervals), key=order.index)
+
+
 def _majority(intervals, delta):
     found = [_verdict(low, high, delta) for low, high in intervals]
     return max(sorted(set(found)), key=found.count)
 
 
 exercise("needs_all", "5.3", "the verdict of a claim that says 'better than every one of them'", right=_all, cases=[{"intervals": i, "delta": 0.01} for i in (
-    [(0.02, 0.04), (0.01, 0.05), (0.03, 0.06)], [(0.08, 0.1), (-0.05, -0.02), (0.07, 0.12)], [(0.02, 0.04), (-0.01, 0.03), (0.05, 0.09)], [(-0.008, 0.004), (0.02, 0.05)], [(-0.03, 0.02), (-0.06, -0.04)])], wrong={
+    [(0.02, 0.04), (0.01, 0.05), (0.03, 0.06)], [(0.08, 0.1), (-0.05, -0.02), (0.07, 0.12)], [(0.02, 0.04), (-0.01, 0.03), (0.05, 0.09)], [(-0.008, 0.004), (0.02, 0.05)], [(-0.03, 0.02), (-0.06, -0.04)],
+    [(-0.03, 0.02), (-0.02, -0.015)], [(-0.008, 0.004), (-0.02, 0.03)], [(-0.02, -0.012), (0.03, 0.05)], [(0.02, 0.03), (-0.08, 0.01)], [(0.02, 0.03), (0.03, 0.05), (-0.02, 0.03), (-0.03, 0.04)])], wrong={
     "an average hides the baseline that wins; the claim holds only if every comparison does.": _by_mean,
     "a majority is not all: one better baseline refutes 'better than every one'.": _majority,
-    "one win is not enough: every comparison has to be supported.": lambda intervals, delta: min((_verdict(*i, delta) for i in intervals), key=("supported", "no meaningful difference", "inconclusive", "refuted").index),
+    "one win is not enough: every comparison has to be supported.": _least("supported", "no meaningful difference", "inconclusive", "refuted"),
+    "one win is not enough: every comparison has to be supported; and where none is, the weakest decides.": lambda intervals, delta: "supported" if any(low > 0 for low, _ in intervals) else _all(intervals, delta),
+    "'no meaningful difference' is a finding, 'inconclusive' is none: with both, the whole is inconclusive.": _least("refuted", "no meaningful difference", "inconclusive", "supported"),
+    "'refuted' is the weakest of the four, then 'inconclusive', then 'no meaningful difference'; you have another order.": _least("supported", "inconclusive", "no meaningful difference", "refuted"),
+    "the lowest interval need not have the weakest verdict: a wide one reaches far down and decides nothing. Judge each, then compare verdicts.": lambda intervals, delta: _verdict(*min(intervals), delta),
+    "only the last comparison counts in your function.": lambda intervals, delta: _verdict(*intervals[-1], delta),
+    "only the first comparison counts in your function; does it return from within the loop?": lambda intervals, delta: _verdict(*intervals[0], delta),
     "where no comparison is refuted but one is open, nothing is refuted: the claim is as open as its weakest part.": lambda intervals, delta: "supported" if all(low > 0 for low, _ in intervals) else "refuted",
     "a baseline that is better, interval and all, refutes the claim; you left it open.": lambda intervals, delta: "supported" if all(low > 0 for low, _ in intervals) else "inconclusive"})
 
@@ -493,7 +551,8 @@ def _lead(frame, first="kd_then_sft", second="human_sft", by="domain"):
     return means[first] - (means[second] if second else means.drop(columns=first).mean(axis=1))
 
 
-exercise("lead", "5.4", "one number a domain", right=_lead, cases=[_arms(1), _arms(2)], wrong={
+exercise("lead", "5.4", "one number a domain", right=_lead, cases=[_arms(1), _arms(2)],
+         see=lambda answer, case: found.sort_index() if isinstance(found := answer(*case.values()), pd.Series) else found, wrong={
     "the sign is wrong: two stages minus the human annotations alone.": lambda frame: -_lead(frame),
     "you compared with the mean of all other recipes; the question is about human annotations alone.": lambda frame: _lead(frame, second=None),
     "this is one number a budget; average over budgets, and keep the domains apart.": lambda frame: _lead(frame, by="budget"),
