@@ -2,6 +2,7 @@
 slides. What is not in it, such as solutions, is not linked. FOLDER [slides]
 """
 
+import base64
 import html
 import os
 import re
@@ -16,12 +17,13 @@ from kdlib import results, store
 
 HOME = results.REPOSITORY / "notebooks"
 NOTEBOOKS, SHEETS = sorted(HOME.glob("*.ipynb")), sorted((HOME / "exercises").glob("[1-9]_*.ipynb"))
+READABLE = 0.7  # of its width a figure keeps on a phone; a wider one is moved sideways
 STYLE = """<style>
 main { max-width: 62rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon a:is(:link, :visited) { text-decoration: underline; }
 .jp-RenderedHTMLCommon a.anchor-link:is(:link, :visited) { text-decoration: none; color: #595959; }
 .jp-RenderedImage img { max-width: 100%; height: auto; }
-.wide, pre { max-width: 100%; overflow-x: auto; }
+.wide, pre, .jp-RenderedImage { max-width: 100%; overflow-x: auto; }
 .jp-Cell, .jp-OutputArea-output { max-width: 100%; min-width: 0; }
 .highlight .c1, .highlight .c { color: #4a6a6a; } .highlight .o, .highlight .ow { color: #7a2ca8; }
 .highlight :is(.m, .mi, .mf, .mb, .mh, .mo) { color: #00605c; }
@@ -36,13 +38,16 @@ def title(notebook) -> str:
 
 def page(notebook, source: Path, near: str = "", exporter=HTMLExporter, of: list = (*NOTEBOOKS, *SHEETS), **how) -> str:
     """A notebook as HTML: exercises folded, a table of contents, links to pages of the edition, what figures show in words."""
+    notebook.cells = [cell for cell in notebook.cells if not cell.id.endswith("-clone")]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"^\*\*Exercise\.\*\*\s*(.+?)(?=\n\n|\Z)", r"<details><summary>Exercise</summary>\n\n\1\n\n</details>",
                                  cell.source, flags=re.M | re.S)
     body, _ = exporter(exclude_input_prompt=True, exclude_output_prompt=True, **how).from_notebook_node(notebook, {"metadata": {"name": title(notebook)}})
-    shown = iter([c.metadata["alt"] for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})])
-    body = re.sub(r'alt="No description has been provided for this image"', lambda _: f'alt="{html.escape(next(shown))}"', body)
+    shown = iter([(c.metadata["alt"], int.from_bytes(base64.b64decode(o.data["image/png"][:32])[16:20]))
+                  for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})])
+    body = re.sub(r'alt="No description has been provided for this image"', lambda _: (
+        'alt="{}" style="min-width: {:.0f}px"'.format(html.escape((figure := next(shown))[0]), READABLE * figure[1])), body)
     there = {p.resolve() for p in of}
     body = re.sub(r'<a [^>]*?href="([^":#]+)\.ipynb"[^>]*>(.*?)</a>', lambda m: f'<a href="{m[1]}.html">{m[2]}</a>' if (
         source.parent / f"{m[1]}.ipynb").resolve() in there else m[2], body, flags=re.S)

@@ -327,3 +327,9 @@ def test_what_the_guide_says_of_its_table_is_in_its_records():
         else:
             means = table["lead in NLL"].str.split().str[0].astype(float)
             assert (means[cell] < 0).all()
+    known = names["frames"]["teacher_strength"].groupby(["arm", "budget"])[["nll", "nll_clean", "teacher_accuracy", "teacher_nll", "teacher_ece"]].mean()
+    strong, sft = known.loc["kd strong", 1600], known.loc["sft", 1600]
+    assert strong.nll_clean > sft.nll_clean and sft.nll < strong.teacher_nll
+    for other in ("kd weak", "kd base"):
+        assert strong.teacher_accuracy > known.loc[other, 1600].teacher_accuracy and strong.teacher_ece > 2 * known.loc[other, 1600].teacher_ece
+    assert names["frames"]["two_stage_domain"].label_accuracy.max() < 0.06

@@ -95,6 +95,12 @@ def test_experiments_follow_the_order(path):
     wanted = ["Design", "data", "loss", "Train", "Result", "Verdict", "limits", "Quiz"]
     at = [next(i for i, h in enumerate(headings) if w in h) for w in wanted]
     assert at == sorted(at) and "refute" in nb.cells[0].source
+    texts = [c.source for c in nb.cells if c.cell_type == "markdown"]
+    quiz, = [t for t in texts if t.startswith("## Quiz")]
+    assert quiz.count("<details><summary>") == quiz.count("</details>") >= 3
+    predicted = [i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and "Predict first" in c.source]
+    figure = next(i for i, c in enumerate(nb.cells) if c.cell_type == "code" and "plots.save" in c.source)
+    assert len(predicted) >= 2 and predicted[0] < figure and sum("ecide together first" in t for t in texts) == 1
     verdict, = tagged(nb, "verdict")
     assert "stats." in verdict.source and text_of([verdict])
     ignored = tagged(nb, "nbval-ignore-output")

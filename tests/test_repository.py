@@ -154,7 +154,7 @@ def test_the_site_has_every_notebook_and_sheet_and_no_dead_link(tmp_path):
         links = set(re.findall(r'href="([^"#:]+)"', page))
         assert not [link for link in links if not (tmp_path / "site" / name).parent.joinpath(link).is_file()], name
         assert name == "index.html" or {"index.html", "../index.html"} & links and '<nav aria-label="On this page"><ul><li>' in page
-        assert "No description has been provided" not in page and ".ipynb" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.S)
+        assert "No description has been provided" not in page and ".ipynb" not in re.sub(r"<(pre|code)\b.*?</\1>", "", page, flags=re.S)
     assert set(pages) - {"index.html"} <= set(re.findall(r'href="([^"#:]+)"', pages["index.html"])) and "C1a" in pages["index.html"]
     assert all("<summary>Exercise</summary>" in pages[f"{n}.html"] for n in ("02_data_budget", "03_teacher_strength", "04_two_stage_domain"))
 
@@ -283,6 +283,19 @@ def test_the_data_dictionary_knows_every_field():
                 assert {column, re.sub("_(kd|sft)$", "", column), re.sub(r"^world \d+$", "world 0", column)} & words, (path, column)
         for path in (RESULTS / name).rglob("claims.json"):
             assert all(set(claim) <= words for claim in json.loads(path.read_text()))
+
+
+def test_a_class_waits_a_minute_at_most():
+    for name, only in (("live", ""), ("reading", "/solutions/")):
+        record = json.loads(next((RESULTS / "bench").glob(f"*-{name}.json")).read_text(encoding="utf-8"))
+        took = {k: v["seconds"] for k, v in record["found"].items() if only in k}
+        assert record["environment"]["cpus"] <= 2 and len(took) >= 5 and max(took.values()) <= 60, took
+
+
+def test_the_map_says_how_long_each_notebook_takes_to_read():
+    text = "\n".join(c.source for c in nbformat.read(ROOT / "notebooks" / "00_start_here.ipynb", 4).cells if c.cell_type == "markdown")
+    for path in [*(ROOT / "notebooks").glob("0[1-7]_*.ipynb")]:
+        assert re.search(rf"^\|.*\({path.name}\).*\| \d+ min", text, re.M), path.name
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "bench").glob("*.json")), ids=lambda p: p.stem)

@@ -154,7 +154,7 @@ def test_the_readmes_recipe_for_a_cluster_trains_on_it(tmp_path):
     blocks = re.findall(r"```\n(.*?)```", (results.REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
     block, = [b for b in blocks if b.startswith("ray start --head")]
     assert "-p preset smoke" in block
-    block = block.replace("-p preset smoke", "-p preset smoke -y '{budgets: [50, 100], seeds: [0, 1]}'")
+    block = block.replace("start --head ", "start --head --include-dashboard=false ").replace("-p preset smoke", "-p preset smoke -y '{budgets: [50, 100], seeds: [0, 1]}'")
     (tmp_path / "notebooks").symlink_to(results.REPOSITORY / "notebooks")
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     try:

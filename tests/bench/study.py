@@ -70,16 +70,19 @@ def reading() -> dict:
 
 def live() -> dict:
     """Seconds and memory of the cells that a class changes, each from nothing, and again with another setting."""
-    found, changes = {}, {"02": ('"temperature": 1.0', '"temperature": 4.0'), "03": ('chosen = "strong"', 'chosen = "weak"'),
-                          "04": ('"kd_then_sft", "sft_then_kd"', '"mixture", "human_sft"')}
-    for number, (usual, other) in changes.items():
+    found, changes = {}, {
+        "02": [("from nothing", "", ""), ("another temperature", '"temperature": 1.0', '"temperature": 4.0'), ("other budgets", "[100, 1600]", "[200, 800]")],
+        "03": [("from nothing", "", ""), ("another teacher", 'chosen = "strong"', 'chosen = "weak"')],
+        "04": [("from nothing", "", ""), ("other recipes", '"kd_then_sft", "sft_then_kd"', '"mixture", "synthetic_kd"')]}
+    for number, settings in changes.items():
         path = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
         with tempfile.TemporaryDirectory() as home:
-            for name, setting in (("from nothing", usual), ("changed", other)):
+            for name, usual, other in settings:
                 notebook = nbformat.read(path, 4)
                 cell, = (c for c in notebook.cells if "live" in c.metadata.get("tags", []))
                 assert usual in cell.source
-                cell.source = cell.source.replace("live = False", "live = True").replace(usual, setting)
+                cell.source = cell.source.replace("live = False", "live = True")
+                cell.source = cell.source.replace(usual, other) if usual else cell.source
                 nbformat.write(notebook, copy := Path(home) / path.name)
                 (Path(home) / "out").mkdir(exist_ok=True)
                 found[f"notebooks/{path.name}, {name}"] = executed(copy, f"{home}/out", "live", HOME=home)

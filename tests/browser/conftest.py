@@ -57,12 +57,13 @@ def lab(tmp_path_factory):
         nbformat.write(notebook, path)
     (settings := root / "settings" / "@jupyterlab" / "notebook-extension").mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))  # every cell is in the page
+    (settings := root / "settings" / "@jupyterlab" / "apputils-extension").mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={root}", "--LabApp.news_url=None", "--LabApp.check_for_updates_class="
-               "jupyterlab.NeverCheckForUpdate"]
+               "--IdentityProvider.token=", f"--ServerApp.root_dir={root}"]
     with open(root / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=root, env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(root / "settings")})
     try:
