@@ -133,6 +133,26 @@ def test_what_a_reader_opens_holds_no_widget_that_nothing_moves(path):
     assert all("pip install ipywidgets" in text_of([c]) for c in tagged(nb, "widget"))
 
 
+def test_where_kdlib_is_missing_the_clone_that_a_notebook_lies_in_is_installed(tmp_path, monkeypatch):
+    """The cell that a notebook runs first on Colab, with the command that it gives to pip written down instead."""
+    first = {next(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", []))
+             for p in [*NOTEBOOKS, *(FOLDER / "exercises").glob("*.ipynb"), *(FOLDER / "exercises" / "solutions").glob("*.ipynb")]}
+    cell, asked = first.pop(), []
+    assert not first and cell.count("%pip install -q -e ") == 1
+    cell = cell.replace('%pip install -q -e "{clone}"', "asked.append(clone)")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    exec(cell, {"asked": asked})
+    assert not asked, "kdlib is there"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for folder in (FOLDER, FOLDER / "exercises" / "solutions"):
+        monkeypatch.chdir(folder)
+        exec(cell, {"asked": asked})
+    assert asked == [results.REPOSITORY] * 2 and sys.path[0] == str(results.REPOSITORY)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no clone of its repository is here; clone it"):
+        exec(cell, {"asked": asked})
+
+
 def test_notebooks_that_teach_by_moving_have_sliders():
     assert [p.stem[:2] for p in NOTEBOOKS if tagged(read(p), "widget")] == ["01", "06"]
 
