@@ -125,6 +125,15 @@ class DistillationTrainer(Trainer):
         return out
 
 
+def peft():
+    """The package that ``lora`` needs. ValueError with its install line if it is missing."""
+    try:
+        import peft
+        return peft
+    except ImportError as error:
+        raise ValueError("lora needs the package peft; pip install 'kdlib[lora]', or train all weights.") from error
+
+
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
           teacher=None, objective: Objective | None = None, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None,
           save_to: str | Path | None = None, **arguments) -> dict:
@@ -139,11 +148,7 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
         raise ValueError(f"batch_size={batch_size} does not split over {ranks} processes into {parts} equal parts; allowed: a multiple of both.")
     whole = model
     if lora is not None:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise ValueError("lora needs the package peft; pip install 'kdlib[lora]', or train all weights.") from error
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        model = peft().get_peft_model(model, peft().LoraConfig(task_type="CAUSAL_LM", **lora))
     args = TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size // ranks // parts, learning_rate=learning_rate,
         gradient_accumulation_steps=parts, seed=seed,

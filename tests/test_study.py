@@ -4,6 +4,7 @@ import math
 import os
 import random
 import shutil
+import sys
 
 import pytest
 from datasets import load_from_disk
@@ -578,3 +579,12 @@ def test_the_presets_rates_lie_inside_the_committed_sweeps_grid(name):
         for choice, low in [*((c, rates[0]) for c in first), (last, lowest)]:
             assert list(choice) == (preset.sweep["budgets"] if method in preset.learning_rate else preset.domain["budgets"])
             assert low < min(choice.values()) <= max(choice.values()) < rates[-1], f"{method}'s rates lie inside the grid"
+
+
+def test_adapters_without_their_package_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    preset = changed(TINY, training={"lora": {"r": 4}})
+    asked = study.Plan(preset, tuple(study.grid(preset, "data_budget", 0)), store.open_folder(tmp_path), True, True, 0)
+    with pytest.raises(ValueError, match=r"^lora needs the package peft; pip install 'kdlib\[lora\]', or train all weights\.$"):
+        study.run(asked)
+    assert [p.name for p in tmp_path.iterdir()] == ["kdlib-results.json"]
