@@ -33,16 +33,16 @@ smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke
 
 test: $(READY)
-	$(BIN)/python -m pip install -q --no-compile -c .requirements.lock -e '.[cluster,course,eval,lora,serve]'
+	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[cluster,course,eval,lora,serve]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
-	@$(BIN)/python -c 'import ipywidgets' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile -c .requirements.lock -e '.[course]'
+	@$(BIN)/python -c 'import ipywidgets' 2>/dev/null || $(BIN)/python -m pip install -q -c .requirements.lock -e '.[course]'
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 # The same JupyterLab in a real browser: one that CHROMIUM names, else one on the path, else one that Playwright fetches.
 test-browser: $(READY)
-	$(BIN)/python -m pip install -q --no-compile -c .requirements.lock -e '.[course,browser]'
+	$(BIN)/python -m pip install -q -c .requirements.lock -e '.[course,browser]'
 	@[ -n "$$CHROMIUM" ] || command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium
 	$(BIN)/python -m pytest -o addopts=-q tests/browser
 
@@ -50,7 +50,7 @@ sweep:
 	@$(MAKE) --no-print-directory study WORLDS=0 EXPERIMENTS=notebooks/07_learning_rates.ipynb
 
 bench: $(READY)
-	$(BIN)/python -m pip install -q --no-compile -e '.[bench]'
+	$(BIN)/python -m pip install -q -e '.[bench]'
 	$(BIN)/python tests/bench/run.py
 
 # Run the notebooks in place and keep their outputs, without what changes from run to run.
@@ -81,6 +81,6 @@ clean:
 $(READY): .requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .requirements.lock
-	$(BIN)/python -m pip install -q --no-compile --no-deps -e .
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .requirements.lock
+	$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
