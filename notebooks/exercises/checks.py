@@ -123,7 +123,7 @@ def _same(got, want) -> bool:
 
 
 def _named(value) -> str:
-    return "None" if value is None else f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
+    return "None" if value is None else f"{'an' if type(value).__name__[0] in 'aeiou' or type(value).__name__ == 'ndarray' else 'a'} {type(value).__name__}"
 
 
 def _short(value) -> str:
@@ -219,7 +219,7 @@ def _batch_case(seed, rows, length, temperature, alpha):
 
 exercise("batch_loss", "1.3", "one number, the loss of the batch", right=_per_token,
          cases=[_batch_case(10, 3, 8, 2.0, 0.7), _batch_case(20, 2, 6, 1.5, 0.2)], wrong={
-    "you divided by the number of sequences; the loss is per token, or it grows with the length of the answers.": lambda **c: _batch(**c)[0] / len(c["labels"]),
+    "you divided by the number of sequences; the loss is per token, else it grows with the length of the answers.": lambda **c: _batch(**c)[0] / len(c["labels"]),
     "you divided by all tokens, masked ones included; only tokens with a label other than −100 are learned.": lambda **c: _batch(**c)[0] / c["labels"].numel(),
     "you took the mean of every sequence and then the mean of those, which gives a token of a short answer more weight.": lambda **c: torch.stack([
         _per_token(**{**c, **{k: c[k][i:i + 1] for k in ("student_logits", "teacher_logits", "labels")}}) for i in range(len(c["labels"]))]).mean(),
@@ -246,15 +246,15 @@ exercise("gradient", "1.4", "the gradient by the student's logits, shape (N, V)"
     "you forgot the inner derivative: the logits are divided by T, which takes one T of T² away.": lambda **c: _slope(**c, power=2),
     "T·(q − p) is right, but p and q have to be the softened distributions, with the logits divided by T.": lambda **c: _slope(**c, at=1.0),
     "q − p is the gradient of the plain KL of logits that nothing divides; both T² and the division by T leave a trace.": lambda **c: _slope(**c, power=0),
-    "this is the gradient of the mean over rows; of every row's own loss it is as many times that.": lambda **c: _slope(**c) / len(c["student_logits"])})
+    "this is the gradient of the mean over rows; multiply by the number of rows, for every row's own loss is meant.": lambda **c: _slope(**c) / len(c["student_logits"])})
 
 
 # Sheet 2: masks and templates
 
-def _labels(input_ids, turns, end=1, last=False, filler=IGNORE, shift=0):
+def _labels(input_ids, turns, end=1, last=False, filler=IGNORE):
     out = [filler] * len(input_ids)
     for start, stop in turns[-1:] if last else turns:
-        for i in range(start + shift, min(stop + end, len(input_ids))):
+        for i in range(start, min(stop + end, len(input_ids))):
             out[i] = input_ids[i]
     return out
 
@@ -272,8 +272,8 @@ exercise("labels_of", "2.1", "a list of as many labels as there are tokens", rig
     "one token too many: after the token that ends the turn somebody else speaks.": lambda **c: _labels(**c, end=2)})
 
 
-def _next(logits, labels, back=0, ahead=1):
-    kept, wanted = logits[back:len(logits) - ahead], labels[ahead:len(labels) - back]
+def _next(logits, labels):
+    kept, wanted = logits[:-1], labels[1:]
     return F.cross_entropy(kept, wanted, ignore_index=IGNORE, reduction="sum"), wanted
 
 
@@ -332,19 +332,18 @@ exercise("accumulated", "2.4", "one number, the loss of the whole step", cases=[
 
 def _budget(answer, case):
     """What a choice of rows is like; answers differ, so their properties are compared."""
-    skills, size = case["skills"], len(case["skills"])
-    if answer(list(skills), 6, 0) is None:
+    skills, sizes = case["skills"], (4, 12, 24)
+    if answer(list(skills), 4, 0) is None:
         return None
-    chosen = {n: [int(i) for i in answer(list(skills), n, 0)] for n in (6, 12, 24)}
-    other = {int(i) for i in answer(list(skills), 12, 1)}
-    kinds = sorted(set(skills))
-    counts = {n: [sum(i in range(size) and skills[i] == kind for i in rows) for kind in kinds] for n, rows in chosen.items()}
-    return {"as many rows as asked": all(len(rows) == n for n, rows in chosen.items()),
-            "no row twice": all(len(set(rows)) == len(rows) and set(rows) <= set(range(size)) for rows in chosen.values()),
-            "nested": set(chosen[6]) <= set(chosen[12]) <= set(chosen[24]),
-            "every skill in proportion": all(abs(c - n * skills.count(kind) / size) <= 1.01 for n, found in counts.items() for c, kind in zip(found, kinds)),
-            "other rows with another seed": other != set(chosen[12]),
-            "the same rows with the same seed": chosen[12] == [int(i) for i in answer(list(skills), 12, 0)]}
+    draws = [{n: [int(i) for i in answer(list(skills), n, seed)] for n in sizes} for seed in range(8)]  # one seed may be in proportion by luck
+    share = {kind: skills.count(kind) / len(skills) for kind in skills}
+    return {"as many rows as asked": all(len(rows) == n for chosen in draws for n, rows in chosen.items()),
+            "no row twice": all(len(set(rows)) == len(rows) and set(rows) <= set(range(len(skills))) for chosen in draws for rows in chosen.values()),
+            "nested": all(set(chosen[4]) <= set(chosen[12]) <= set(chosen[24]) for chosen in draws),
+            "every skill in proportion": all(abs(sum(i in range(len(skills)) and skills[i] == kind for i in rows) - n * share[kind]) <= 1.01
+                                             for chosen in draws for n, rows in chosen.items() for kind in share),
+            "other rows with another seed": len({tuple(sorted(chosen[12])) for chosen in draws}) > 1,
+            "the same rows with the same seed": [int(i) for i in answer(list(skills), 12, 0)] == draws[0][12]}
 
 
 def _anew(skills, n, seed):
@@ -355,7 +354,7 @@ def _anew(skills, n, seed):
 
 exercise("budget", "3.1", "a list of n row numbers", see=_budget, cases=[{"skills": ["add", "sort"] * 12 + ["name"] * 24}], right=lambda skills, n, seed: nested_order(skills, seed)[:n], wrong={
     "the small budgets are no part of the large ones, so a step from one to the next changes which rows are seen, too. Fix one order a seed and take its first n.": _anew,
-    "the skills are not in proportion: a plain permutation leaves that to chance, and as many rows of each forget how often each occurs. Spread every skill evenly over the order.": lambda skills, n, seed: random.Random(seed).sample(range(len(skills)), len(skills))[:n],
+    "the skills are not in proportion: a plain permutation leaves that to chance, and equally many rows of each skill ignore how often each occurs. Spread every skill evenly over the order.": lambda skills, n, seed: random.Random(seed).sample(range(len(skills)), len(skills))[:n],
     "the seed changes nothing: seeds have to draw different rows, or the interval does not cover the luck of the draw.": lambda skills, n, seed: nested_order(skills, 0)[:n],
     "the same call gives other rows every time; draw from random.Random(seed), so that a run can be repeated.": lambda skills, n, seed: nested_order(skills, random.random())[:n],
     "these are the first rows as they stand in the file; draw them by the seed, every skill in proportion.": lambda skills, n, seed: list(range(n)),
@@ -378,7 +377,7 @@ exercise("paired_interval", "3.2", "two numbers, the low and the high end of the
     "you treated the two methods as independent; a seed gives both the same rows and start, so take the difference seed by seed first.": _unpaired,
     "1.96 is the normal quantile; with so few seeds take Student's t with n − 1 degrees of freedom, which is wider.": lambda kd, sft: _interval(kd - sft, 1.96),
     "the standard deviation is that of a whole population; of a sample divide by n − 1 (ddof=1).": lambda kd, sft: _interval(kd - sft, ddof=0),
-    "this is the spread of single seeds; the mean's standard error is smaller by √n.": lambda kd, sft: _interval(kd - sft, root=False),
+    "this is the spread of single seeds; the mean's standard error is smaller by a factor of √n.": lambda kd, sft: _interval(kd - sft, root=False),
     "the sign is wrong: KD minus SFT is above zero where KD is better.": lambda kd, sft: _interval(sft - kd)})
 
 
@@ -556,5 +555,5 @@ exercise("lead", "5.4", "one number a domain", right=_lead, cases=[_arms(1), _ar
     "the sign is wrong: two stages minus the human annotations alone.": lambda frame: -_lead(frame),
     "you compared with the mean of all other recipes; the question is about human annotations alone.": lambda frame: _lead(frame, second=None),
     "this is one number a budget; average over budgets, and keep the domains apart.": lambda frame: _lead(frame, by="budget"),
-    "you took the best seed of each; the mean over seeds is meant, for luck is no finding.": lambda frame: (lambda m: m["kd_then_sft"] - m["human_sft"])(frame.groupby(["domain", "method"]).accuracy.max().unstack()),
+    "you took the best run of each; the mean over budgets and seeds is meant, for luck is no finding.": lambda frame: (lambda m: m["kd_then_sft"] - m["human_sft"])(frame.groupby(["domain", "method"]).accuracy.max().unstack()),
     "you compared with the mixture; the baseline here is human_sft.": lambda frame: _lead(frame, second="mixture")})
