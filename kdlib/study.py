@@ -187,7 +187,7 @@ def run(plan: Plan) -> list[dict]:
         from kdlib import jobs, stages
         for asked in {json.dumps(c["evaluate"]["tasks"]) for c in plan.configs if "tasks" in c["evaluate"]}:
             stages.harness.check_tasks(json.loads(asked))
-        if any("lora" in phase.get("training", {}) for _, config in missing for phase in config["phases"]):
+        if any(phase.get("training", {}).get("lora") is not None for _, config in missing for phase in config["phases"]):
             stages.trainer.peft()
         runner.launch_settings()  # ValueError if they are none
         todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)
