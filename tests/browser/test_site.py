@@ -31,7 +31,7 @@ def test_nothing_serious_keeps_anyone_from_reading(page, site, name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_phone_shows_whole_lines_and_figures(page, site, shot, name):
+def test_a_phone_shows_whole_lines_and_figures_that_can_be_read(page, site, shot, name):
     page.set_viewport_size({"width": 390, "height": 844})
     page.goto((site / f"{name}.html").as_uri(), wait_until="load")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
