@@ -213,15 +213,18 @@ def raises(*_, **__):
     raise RuntimeError("a\nlong  story")
 
 
+PRINT = print  # Ray puts another in its place
+
+
 @pytest.mark.parametrize("name", checks.EXERCISES)
 @pytest.mark.parametrize("answer", [
-    None, 3, "a", [], object(), float("nan"), raises, print, lambda: None, lambda *a, **k: None, lambda *a, **k: "text", lambda *a, **k: [[1], [2, 3]],
+    None, 3, "a", [], object(), float("nan"), raises, PRINT, lambda: None, lambda *a, **k: None, lambda *a, **k: "text", lambda *a, **k: [[1], [2, 3]],
     lambda *a, **k: {}, lambda *a, **k: torch.zeros(2, 3, 4), lambda *a, **k: float("nan"), lambda *a, **k: object(), lambda *a, **k: [None], "{% for %}", "{{ messages[9].x.y }}",
     lambda *a, **k: torch.zeros(3, dtype=torch.bfloat16), lambda *a, **k: [torch.zeros(2, requires_grad=True)], lambda *a, **k: sys.exit(1)], ids=range(22))
 def test_no_answer_crashes_a_check(name, answer, capsys):
     checks.check(name, answer)
     *printed, said = capsys.readouterr().out.splitlines()
-    assert said.startswith(f"✗ {checks.EXERCISES[name].number} {name}: ") and (answer is print or not printed)
+    assert said.startswith(f"✗ {checks.EXERCISES[name].number} {name}: ") and (answer is PRINT or not printed)
 
 
 class Unspeakable(str):
