@@ -1,14 +1,16 @@
 """kdlib: when does knowledge distillation help a small language model in post-training, and when does it fail?"""
 
+import importlib.util
 import warnings
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-    if name == "distill":  # which imports torch, and reading results does not
-        from kdlib.own import distill
-        return distill
+def __getattr__(name: str):  # modules when they are first used: reading results needs no torch, and looking at data no trainer
+    if name == "distill":
+        return importlib.import_module("kdlib.own").distill
+    if importlib.util.find_spec(f"kdlib.{name}"):
+        return importlib.import_module(f"kdlib.{name}")
     raise AttributeError(f"module 'kdlib' has no attribute {name!r}")
 
 

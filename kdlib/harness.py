@@ -13,9 +13,9 @@ OWN = Path(__file__).with_name("tasks")  # of kdlib's, beside the harness's
 
 
 @cache
-def _manager(kind: type, folders: tuple[Path, ...], files: tuple):
-    """The harness's TaskManager of its own tasks and those in ``folders``, whose ``files`` are as they are: it reads thousands."""
-    return kind(include_path=[*folders])
+def _manager(kind: type, folders: tuple[Path, ...], files: tuple, **which):
+    """The harness's TaskManager of its own tasks, which are thousands, if asked for, and those in ``folders``, whose ``files`` are as they are."""
+    return kind(include_path=[*folders], **which)
 
 
 @patch.multiple("sys", stderr=open(os.devnull, "w"), stdout=open(os.devnull, "w"))  # progress and warnings
@@ -29,7 +29,9 @@ def check_tasks(tasks: dict[str, dict]) -> dict[str, dict]:
         try:
             from lm_eval import evaluator_utils, tasks as known
             folders = (OWN, *(Path(t).parent for t in tasks if t.endswith(".yaml")))
-            manager = _manager(known.TaskManager, folders, tuple((f, f.stat().st_mtime_ns) for folder in folders for f in sorted(folder.glob("*.y*ml"))))
+            alone = all(t.endswith(".yaml") and "group:" not in Path(t).read_text("utf-8") for t in tasks)  # a group may name the harness's
+            manager = _manager(known.TaskManager, folders, tuple((f, f.stat().st_mtime_ns) for folder in folders for f in sorted(folder.glob("*.y*ml"))),
+                               include_defaults=not alone)
             name = next((n for n, entry in manager.task_index.items() if entry.yaml_path == Path(task)), task)
             for part in (parts := manager.load([name])["tasks"]).values():
                 part.set_config("num_fewshot", own if (own := part.config.num_fewshot) == 0 or shots is None else shots)

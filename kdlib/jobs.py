@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from kdlib import data, evaluate, harness, results, stages, store
+import kdlib
+from kdlib import data, results, stages, store
 from kdlib.presets import METRICS
 from kdlib.specs import all_of, data_of, path, teacher_of
 
@@ -29,7 +30,7 @@ def _scores_of(root: Path, teacher: str, split: str) -> dict[str, torch.Tensor]:
     """What a teacher, a specification in JSON, says of a held-out set, token by token, read once for all the runs of a process."""
     known = stages.read_data(root, data_of(spec := json.loads(teacher)))
     rows = known.rows(split).select_columns(["input_ids", "labels"]).to_list()
-    return evaluate.token_scores(stages.open_model(root, spec)[0], rows, known.tokenizer.pad_token_id, entropy=True)
+    return kdlib.evaluate.token_scores(stages.open_model(root, spec)[0], rows, known.tokenizer.pad_token_id, entropy=True)
 
 
 def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> dict:
@@ -46,7 +47,7 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
     metrics, items = stages.score(student, known, split, teacher=teacher, clean=clean and clean.select_columns(["input_ids", "labels"]).to_list())
     metrics["train_loss"] = loss
     if tasks := config["evaluate"].get("tasks"):
-        scored, more = harness.harness(student, known.tokenizer, tasks)
+        scored, more = kdlib.harness.harness(student, known.tokenizer, tasks)
         items["correct"] = [None] * len(items["id"])  # the benchmarks decide
         metrics, items = metrics | scored, {k: [*items[k], *more[k]] for k in more}
     if "/" in split:  # a domain's rows: what is left of the general skills?

@@ -8,9 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import transformers  # whose parts come when they are first used
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdlib.presets import check
 
@@ -19,7 +19,7 @@ LADDER, SPECIAL, ROLES, CHAT_TEMPLATE = (TEXT[k] for k in ("ladder", "special", 
 REMEDIES = [(tuple(r["marks"]), r["say"]) for r in TEXT["remedies"]]
 
 
-def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), vocab_size: int = 4096) -> "transformers.PreTrainedTokenizerFast":
     """A word-level tokenizer over a closed ``vocabulary``, or without one a byte-level BPE trained on ``texts``."""
     special = [*SPECIAL.values(), *ROLES]
     if vocabulary is not None:
@@ -31,18 +31,18 @@ def build_tokenizer(vocabulary: list[str] | None, texts: Iterable[str] = (), voc
         core.decoder = decoders.ByteLevel()
         core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", chat_template=CHAT_TEMPLATE, **SPECIAL,
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", chat_template=CHAT_TEMPLATE, **SPECIAL,
                                    extra_special_tokens=ROLES, clean_up_tokenization_spaces=False)
 
 
-def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> LlamaForCausalLM:
+def build_model(name: str, tokenizer, seed: int, max_length: int = 512) -> "transformers.LlamaForCausalLM":
     """A freshly initialised model of the ladder; ``seed`` alone decides its weights. Raises ValueError on a name unknown."""
     check("model", name, str, ", ".join(LADDER), LADDER.__contains__)
     feed_forward = -(-LADDER[name]["hidden_size"] * 8 // 48) * 16  # 8/3 of it as in Llama, rounded up to a multiple of 16
-    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, max_position_embeddings=max_length, tie_word_embeddings=True,
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), intermediate_size=feed_forward, max_position_embeddings=max_length, tie_word_embeddings=True,
                          bos_token_id=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **LADDER[name])
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
 
 
 def tokens_of(tokenizer) -> dict[str, int]:
@@ -115,7 +115,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None, template: str 
     """The tokenizer of a folder or hub id, which pads left. ``template`` names one of kdlib's chat templates, whose turns end as it says, in
     place of the tokenizer's own. ValueError if it cannot be had, or lacks the token that ends a turn.
     """
-    tokenizer = _reach(AutoTokenizer, name, revision, trust, padding_side="left")
+    tokenizer = _reach(transformers.AutoTokenizer, name, revision, trust, padding_side="left")
     if template is not None:
         chosen = TEXT["templates"][check("template", template, str, ", ".join(TEXT["templates"]), TEXT["templates"].__contains__)]
         if (end := chosen.get("end", tokenizer.eos_token)) not in tokenizer.get_vocab():
@@ -128,7 +128,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None, template: str 
 
 def width(name: str | Path, revision: str | None = None) -> int:
     """The number of rows of a model's LM head, by its configuration."""
-    return _reach(AutoConfig, name, revision, ()).get_text_config().vocab_size
+    return _reach(transformers.AutoConfig, name, revision, ()).get_text_config().vocab_size
 
 
 def load(name: str | Path, revision: str | None = None, template: str | None = None, trust: tuple = (), device=device, **how):
@@ -137,6 +137,6 @@ def load(name: str | Path, revision: str | None = None, template: str | None = N
     ``trust`` or, with commas between, in KDLIB_TRUST. ValueError, with the remedy, if it cannot be had.
     """
     tokenizer = load_tokenizer(name, revision, template, trust)
-    model = _reach(AutoModelForCausalLM, name, revision, trust, use_safetensors=None if _trusted(name, trust) else True, **how)
+    model = _reach(transformers.AutoModelForCausalLM, name, revision, trust, use_safetensors=None if _trusted(name, trust) else True, **how)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return (model if "device_map" in how else model.to(device() if callable(device) else device)).eval(), tokenizer

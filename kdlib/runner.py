@@ -60,7 +60,7 @@ def _processes(workers: int) -> ProcessPoolExecutor:
     import torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     afresh = torch.accelerator.is_available() or "forkserver" not in multiprocessing.get_all_start_methods()
-    (context := multiprocessing.get_context("spawn" if afresh else "forkserver")).set_forkserver_preload(["kdlib.stages"])
+    (context := multiprocessing.get_context("spawn" if afresh else "forkserver")).set_forkserver_preload(["kdlib.jobs", "kdlib.trainer", "transformers.models.llama.modeling_llama"])
     return ProcessPoolExecutor(workers or (1 if torch.accelerator.is_available() else cores), context, _start_worker, (dict(os.environ),))
 
 
@@ -86,7 +86,7 @@ def _quiet() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging
-    from kdlib import stages  # noqa: F401
+    from kdlib import jobs, trainer  # noqa: F401
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     gc.freeze()  # what is imported stays, so that no collection of garbage looks through it again

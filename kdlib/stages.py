@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset, load_from_disk
 
-from kdlib import data, evaluate, harness, lab, models, runner, store, teachers, text, trainer
-from kdlib.labels import label
+import kdlib
+from kdlib import data, lab, models, runner, store, text
 from kdlib.losses import Objective
 from kdlib.specs import data_of, path, scored_on, targets_of
 
@@ -127,7 +127,7 @@ def tune(root: Path, model, tokenizer, phase: dict, spec: dict, save_to: Path | 
     """
     rows, skills, _ = read_rows(root, phase["rows"], spec)
     pools = _pools(phase["rows"], skills, spec)
-    targets = teachers.Cached(make(root, targets_of(phase))) if phase["teacher"] else None
+    targets = kdlib.teachers.Cached(make(root, targets_of(phase))) if phase["teacher"] else None
     if os.environ.get("KDLIB_LAUNCH") and save_to is None:
         return data.Rows(rows.sets, _order(pools, phase)), _launch(root, model, tokenizer, phase, spec)
     return fit(model, tokenizer, rows.sets, pools, phase, teacher=targets, save_to=save_to,
@@ -155,7 +155,7 @@ def fit(model, tokenizer, sets: list[tuple], pools: list[list[int]], how: dict, 
     seen = data.Rows(sets, _order(pools, how))
     settings = {k: how[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        loss = trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **how.get("training", {}), **objective)["train_loss"]
+        loss = kdlib.trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **how.get("training", {}), **objective)["train_loss"]
     if not math.isfinite(loss):
         raise ValueError(f"Training diverged (loss {loss}) with {settings}; allowed: settings that keep it finite.")
     return seen, loss
@@ -200,7 +200,7 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
 
 
 def score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict]:
-    return evaluate.evaluate(model, known.tokenizer, known.rows(name), verify=known.verify, max_new_tokens=known.longest, **more)
+    return kdlib.evaluate.evaluate(model, known.tokenizer, known.rows(name), verify=known.verify, max_new_tokens=known.longest, **more)
 
 
 def _build_answers(root: Path, spec: dict, folder: Path) -> None:
@@ -210,9 +210,9 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     if part := spec.get("only"):
         rows = rows.select(_pools([{**part, "set": spec["set"]}], [list(rows["skill"])], data_of(by))[0])
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
-        said = label(folder / "said", rows.remove_columns(["input_ids", "labels"]), base_url=server, model=by["hub"], **how)
+        said = kdlib.labels.label(folder / "said", rows.remove_columns(["input_ids", "labels"]), base_url=server, model=by["hub"], **how)
     else:
-        said = teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how, finish_reason=spec.get("open", False))
+        said = kdlib.teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how, finish_reason=spec.get("open", False))
     if known.verify:
         said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
     fit = room(data_of(by))
@@ -238,7 +238,7 @@ def _build_targets(root: Path, spec: dict, folder: Path) -> None:
     models.common_vocabulary(known.tokenizer, tokenizer, *[model.get_output_embeddings().weight.shape[0]] * 2)  # else all is for nothing
     rows, skills, _ = read_rows(root, spec["rows"], under)
     order = [i for pool in _pools(spec["rows"], skills, under) for i in pool]
-    teachers.write_cache(folder, model, tokenizer, data.Rows(rows.sets, order), **spec["cache"])
+    kdlib.teachers.write_cache(folder, model, tokenizer, data.Rows(rows.sets, order), **spec["cache"])
 
 
 def _speaking(opened: tuple, known: SimpleNamespace) -> tuple:
@@ -248,7 +248,7 @@ def _speaking(opened: tuple, known: SimpleNamespace) -> tuple:
 
 
 def _build_scores(root: Path, spec: dict, folder: Path) -> None:
-    scored, _ = harness.harness(*open_model(root, spec["of"]), spec["tasks"])
+    scored, _ = kdlib.harness.harness(*open_model(root, spec["of"]), spec["tasks"])
     (folder / "evaluation.json").write_text(json.dumps(scored), encoding="utf-8")
 
 

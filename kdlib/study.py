@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import kdlib
 from kdlib import results, runner, store
 from kdlib.presets import ARMS, KINDS, METHODS, OPTIONAL, PRESETS, RECIPES, Preset, check
 from kdlib.specs import EXACT
@@ -186,9 +187,9 @@ def run(plan: Plan) -> list[dict]:
     if missing:
         from kdlib import jobs, stages
         for asked in {json.dumps(c["evaluate"]["tasks"]) for c in plan.configs if "tasks" in c["evaluate"]}:
-            stages.harness.check_tasks(json.loads(asked))
+            kdlib.harness.check_tasks(json.loads(asked))
         if any(phase.get("training", {}).get("lora") is not None for _, config in missing for phase in config["phases"]):
-            stages.trainer.peft()
+            kdlib.trainer.peft()
         runner.launch_settings()  # ValueError if they are none
         todo, needs = jobs.tasks(missing, plan.root, plan.preset.metric)
         theirs = {name for r in found for name in r["provenance"]["artefacts"]}  # made elsewhere, perhaps, where the same specification gives others

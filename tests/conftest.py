@@ -1,5 +1,7 @@
 """Fixtures: small real models, a small lab corpus, and one tiny study that several tests read."""
 
+import os
+
 import pytest
 import torch
 from tiny import TINY, plan
@@ -7,6 +9,7 @@ from tiny import TINY, plan
 from kdlib import data, lab, models, study
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of kernels too: threads that wait for a core another test has take many times as long
 SLOWEST = ("test_notebooks.py", "test_repository.py", "test_paper.py", "test_study.py", "test_runner.py", "test_trainer.py", "06_your_own_models.ipynb", "test_own.py", "test_labels.py")
 
 

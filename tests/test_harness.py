@@ -25,7 +25,7 @@ def offline(monkeypatch):
     """No connection is made, and the index of built-in tasks, which takes seconds, is left out."""
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("The network was used."))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path=None, include_defaults=False: TaskManager(include_path=include_path, include_defaults=False))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,9 @@ def test_what_would_fail_after_training_fails_before_in_one_sentence(given, own,
     monkeypatch.setattr(bpe, "chat_template", None)
     refuses("tokenizer.chat_template=None is not allowed; allowed: a template", {}, functools.partial(harness, model, bpe))
     monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)
-    refuses(r"tasks\['gsm8k'\] cannot .*'openai/gsm8k'.*; connect, or give a .yaml with data_files", {"gsm8k": {"num_fewshot": 8}})
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text("group: theirs\ntask: [gsm8k]\n")
+    for name in ("gsm8k", str(theirs)):
+        refuses(rf"tasks\['{name}'\] cannot .*'openai/gsm8k'.*; connect, or give a .yaml with data_files", {name: {}, str(theirs): {}})
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     refuses(r"'gsm8k'.*lm_eval.*; pip install 'kdlib\[eval\]'", {"gsm8k": {}})

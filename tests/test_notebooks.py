@@ -289,6 +289,25 @@ def test_the_readmes_sweep_and_its_yaml_file_run_as_they_stand_there(smoke_teach
         assert f"{found} runs found in smoke/runs; 0 to train" in text_of(code(read(tmp_path / f"{name}.ipynb")))
 
 
+def test_the_readmes_recipe_for_a_cluster_trains_on_it(smoke, tmp_path):
+    """As it stands there but for another grid, whose models are made: a relative folder, a cluster that was started before, and the notebook's kernel in between."""
+    pytest.importorskip("ray")
+    blocks = re.findall(r"```\n(.*?)```", (results.REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
+    block, = [b for b in blocks if b.startswith("ray start --head")]
+    assert "-p preset smoke" in block
+    block = block.replace("start --head ", "start --head --include-dashboard=false ").replace("-p preset smoke", "-p preset smoke -y '{budgets: [50, 100], seeds: [0, 1]}'")
+    (tmp_path / "notebooks").symlink_to(FOLDER)
+    shutil.copytree(smoke[0] / "results" / ".cache", store.open_folder(tmp_path / "my-results") / ".cache")
+    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    try:
+        done = subprocess.run(["sh", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        subprocess.run(["ray", "stop", "--force"], env=environment, capture_output=True)
+    assert len(list((tmp_path / "my-results" / "smoke" / "runs").glob("*.json"))) == 8
+    assert "0 of 8 runs found in smoke/runs; 8 to train" in (tmp_path / "out.ipynb").read_text(encoding="utf-8")
+
+
 def test_the_report_draws_nothing_from_an_incomplete_grid(smoke_teachers, tmp_path):
     folder, _ = smoke_teachers
     shutil.copytree(folder / "results", tmp_path / "results")

@@ -1,5 +1,4 @@
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -147,23 +146,6 @@ def test_a_study_on_ray_with_a_worker_killed_has_the_same_numbers(cluster, tiny_
     watcher.start()
     assert numbers(study.run(plan(root))) == numbers(tiny_records)
     assert killed
-
-
-def test_the_readmes_recipe_for_a_cluster_trains_on_it(tmp_path):
-    """As it stands there but for a smaller grid: a relative folder, a cluster that was started before, and the notebook's kernel in between."""
-    blocks = re.findall(r"```\n(.*?)```", (results.REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
-    block, = [b for b in blocks if b.startswith("ray start --head")]
-    assert "-p preset smoke" in block
-    block = block.replace("start --head ", "start --head --include-dashboard=false ").replace("-p preset smoke", "-p preset smoke -y '{budgets: [50, 100], seeds: [0, 1]}'")
-    (tmp_path / "notebooks").symlink_to(results.REPOSITORY / "notebooks")
-    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    try:
-        done = subprocess.run(["sh", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    finally:
-        subprocess.run(["ray", "stop", "--force"], env=environment, capture_output=True)
-    assert len(list((tmp_path / "my-results" / "smoke" / "runs").glob("*.json"))) == 8
-    assert "0 of 8 runs found in smoke/runs; 8 to train" in (tmp_path / "out.ipynb").read_text(encoding="utf-8")
 
 
 def test_without_ray_its_install_line_is_given(monkeypatch):
