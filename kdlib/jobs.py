@@ -61,8 +61,9 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
             own |= json.loads((stages.make(root, {"of": model, "tasks": tasks}) / "evaluation.json").read_text(encoding="utf-8"))
         metrics |= {f"{name}_{k}": v for k, v in own.items()}
     lengths = [(len(row["input_ids"]), sum(t != data.IGNORE for t in row["labels"][1:])) for rows in seen for row in rows]
-    made = {n: store.content_hash(path(root, s)) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
-    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made,
+    below = {n: path(root, s) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
+    made, commits = {n: store.content_hash(folder) for n, folder in below.items()}, {k: v for f in below.values() for k, v in stages.commits_of(f).items()}
+    provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made, **({"commits": commits} if commits else {}),
                   "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
                   "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
                   "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(n for n, _ in lengths),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers  # whose parts come when they are first used
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -86,6 +87,12 @@ def origin(name: str) -> dict[str, str] | None:
     folder = Path(_local(name))
     files = sorted(p for p in folder.glob("*") if p.is_file()) if "KDLIB_MODELS" in os.environ and str(folder) != name else ()
     return {f"{name}/{p.name}": f"{p.stat().st_size}-{_start_hash(p, p.stat().st_mtime_ns)}" for p in files} or None
+
+
+def commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that a hub model's revision was when it was last loaded here; None of a folder, and of what never was."""
+    found = None if Path(_local(name)).is_dir() else try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=10_000)

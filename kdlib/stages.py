@@ -31,7 +31,17 @@ def open_model(root: Path, spec: dict, **how):
     if "hub" not in spec:
         return models.load(make(root, spec), **how)
     spread = {"device_map": "auto"} if not how and torch.accelerator.device_count() > 1 else {}  # a teacher may need all devices
-    return models.load(spec["hub"], spec["revision"], spec["data"]["tokenizer"]["template"], **spread, **how)
+    opened = models.load(spec["hub"], spec["revision"], spec["data"]["tokenizer"]["template"], **spread, **how)
+    for name, known in commits_of(path(root, spec)).items():
+        if known != (now := models.commit(spec["hub"], spec["revision"])):
+            raise ValueError(f"{name} was commit {known} when these results began, and is {now} now; give a new results_dir, or a revision that stays.")
+    return opened
+
+
+def commits_of(folder: Path) -> dict[str, str]:
+    """The commits of an artefact made from the hub's, by ``id@revision``; none of others."""
+    file = folder / "commits.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def make(root: Path, spec: dict) -> Path:
@@ -88,6 +98,13 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
             report[name] |= data.lengths(rendered) | ({"commonest_answer": round(max(ends.values()) / ends.total(), 4)} if ends else {})
         rendered.save_to_disk(folder / "sets" / name, num_proc=data.processes(len(rendered)))
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    _write_commits(folder, _source(spec, "commits")() or {})
+
+
+def _write_commits(folder: Path, found: dict[str, str | None]) -> None:
+    """Keep what the hub's revisions were, so that two of one name are not mixed."""
+    if known := {name: commit for name, commit in found.items() if commit}:
+        (folder / "commits.json").write_text(json.dumps(known), encoding="utf-8")
 
 
 def read_data(root: Path, spec: dict) -> SimpleNamespace:
@@ -190,8 +207,8 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
         for phase in spec.get("phases", ()):
             tune(root, model, known.tokenizer, phase, data_of(spec))
-    if "hub" in spec:  # which commit its revision was, None of a folder, so that two are not mixed
-        (folder / "commit.json").write_text(json.dumps(getattr(model.config, "_commit_hash", None)))
+    if "hub" in spec:
+        _write_commits(folder, {f"{spec['hub']}@{spec['revision']}": models.commit(spec["hub"], spec["revision"])})
     else:
         model.save_pretrained(folder)
         known.tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder, load_from_disk
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import Template
@@ -238,10 +238,20 @@ def verifier(world_seed: int):
     return lambda row, reply: (found := FINAL.search(reply.strip())) is not None and found[1] == row["answer"] if row["answer"] else None
 
 
+def _parts(sources: dict) -> list[dict]:
+    return [s for d in (sources, *sources.get("domains", {}).values()) for s in d.values() if isinstance(s, dict) and {"local", "hub"} & s.keys()]
+
+
+def commits(**sources) -> dict[str, str]:
+    """The commit of each data set, ``id@revision``, that :func:`corpus` reads from the hub with these arguments."""
+    found = {(s["hub"], s.get("hub_config"), s.get("revision") or "main") for s in _parts(sources)
+             if "hub" in s and not find(s) and not Path(s["hub"]).is_dir()}
+    return {f"{name}@{revision}": load_dataset_builder(name, config, revision=revision).hash for name, config, revision in sorted(found, key=str)}
+
+
 def origin(**sources) -> dict[str, str] | None:
     """SHA-256 of the local files that :func:`corpus` reads with these arguments; None if it reads from the hub."""
-    parts = [s for d in (sources, *sources.get("domains", {}).values()) for s in d.values() if isinstance(s, dict) and "local" in s]
-    found = [(s["local"], path) for s in parts if (path := find(s))]
+    found = [(s["local"], path) for s in _parts(sources) if (path := find(s))]
     return {str(Path(name, p.relative_to(path))): file_hash(p) for name, path in found
             for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file()} or None
 

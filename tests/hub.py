@@ -1,9 +1,18 @@
-"""A hub on disk: small checkpoints under the names of large ones, and chat data, for what would be downloaded elsewhere."""
+"""A hub on disk: small checkpoints under the names of large ones, and chat data, for what would be downloaded elsewhere; and a server of it."""
 
 import gzip
+import hashlib
 import json
+import os
 import random
+import re
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -80,6 +89,20 @@ def build_data(root: Path, rows: int = 400) -> Path:
     return root
 
 
+def publish(shelf: Path, root: Path) -> None:
+    """The models and data of ``shelf`` as the hub has them: sets under their ids, in their own columns and configurations."""
+    (root / "datasets" / "allenai").mkdir(parents=True)
+    (root / "models").symlink_to(shelf / "models")
+    (root / "datasets" / "allenai" / "tulu-3-sft-mixture").symlink_to(shelf / "data" / "tulu-3-sft-mixture")
+    rng, asked = random.Random(2), root / "datasets" / "qiaojin" / "PubMedQA"
+    write_rows(asked / "pqa_labeled" / "train.jsonl", [{
+        "pubid": i, "question": f"{i} {sentence(rng, 6)} ?", "context": {"contexts": [sentence(rng, 6)], "labels": ["METHODS"]}, "long_answer": sentence(rng, 4),
+        "final_decision": rng.choice(["yes", "no", "maybe"])} for i in range(540)])
+    (asked / "README.md").write_text("---\nconfigs:\n- config_name: pqa_labeled\n  data_files: pqa_labeled/train.jsonl\n---\n")
+    write_rows(root / "datasets" / "keivalya" / "MedQuad-MedicalQnADataset" / "train.jsonl", [
+        {"qtype": "symptoms", "Question": f"what is {i} {sentence(rng, 4)} ?", "Answer": sentence(rng, 5)} for i in range(60)])
+
+
 def build_task(root: Path) -> Path:
     """A task of the harness: which of two words is an animal."""
     write_rows(root / "animals.jsonl", [{"question": f"is {w} an animal ?", "answer": i % 2} for i, w in enumerate(WORDS[:20])])
@@ -98,3 +121,51 @@ metric_list:
   - metric: acc
 """, encoding="utf-8")
     return path
+
+
+class Server(BaseHTTPRequestHandler):
+    """What the hub's clients ask for, of the ``root``/models and ``root``/datasets of its server, all of one ``commit``; gated sets are for others."""
+
+    def do_GET(self):
+        """Answer a GET, or without a body a HEAD."""
+        path, root, commit = unquote(urlsplit(self.path).path).strip("/"), self.server.root, {"X-Repo-Commit": self.server.commit}
+        about = re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+(/.*)?)?", path)
+        file = re.fullmatch(r"(?:(datasets)/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        if "some/gated" in path:
+            self.answer(401, **{"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted."})
+        elif file and (found := root / (file[1] or "models") / file[2] / file[3]).is_file():
+            self.answer(200, found.read_bytes(), ETag=f'"{hashlib.sha1(found.read_bytes()).hexdigest()}"', **commit)
+        elif file:
+            self.answer(404, **{"X-Error-Code": "EntryNotFound"}, **commit)
+        elif about and about[3] == "tree" and (folder := root / about[1] / about[2] / (about[4] or "").strip("/")).is_dir():
+            self.answer(200, json.dumps([{"type": "directory" if p.is_dir() else "file", "path": str(p.relative_to(root / about[1] / about[2])), "oid": "0" * 40,
+                                          "size": p.stat().st_size} for p in sorted(folder.iterdir())]).encode())
+        elif about and about[3] != "tree" and (root / about[1] / about[2]).is_dir():
+            self.answer(200, json.dumps({"id": about[2], "sha": self.server.commit, "siblings": [], "tags": []}).encode())
+        else:
+            self.answer(404, b"{}", **{"X-Error-Code": "EntryNotFound" if about else "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes = b"", **headers):
+        """Send it."""
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@contextmanager
+def served(root: Path, commit: str, home: Path):
+    """``run(code)`` with a server of ``root``: Python in a process of its own, which finds it where the hub would be, and keeps what it gets in ``home``."""
+    known = {k: v for k, v in os.environ.items() if not k.startswith(("KDLIB_", "HF_"))}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.root, server.commit = root, commit
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        own = {**known, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
+        yield lambda code, **more: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**own, **more})
+        server.shutdown()

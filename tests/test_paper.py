@@ -5,10 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import hub
 import pandas as pd
@@ -162,7 +158,7 @@ def test_a_tokenizer_may_have_one_more_token_to_pad_with_and_no_other(shelf):
 
 def test_another_model_of_the_same_name_is_not_taken_for_the_one_that_results_are_of(shelf, tmp_path, monkeypatch):
     name = "meta-llama/Llama-3.2-1B"
-    assert models.origin("nobody/nothing") is None and f"{name}/model.safetensors" in models.origin(name)
+    assert models.origin("nobody/nothing") is models.commit("nobody/nothing") is models.commit(name) is None and f"{name}/model.safetensors" in models.origin(name)
     monkeypatch.setenv("KDLIB_MODELS", str(tmp_path / "models"))
     shutil.copytree(shelf[0] / "models" / name, tmp_path / "models" / name)
     plan = few("paper", shelf[1], tmp_path / "results")
@@ -214,19 +210,28 @@ def test_models_that_cannot_be_had_are_named_with_the_remedy(shelf, tmp_path, mo
         assert torch.equal(models.load(name)[0].lm_head.weight, model.lm_head.weight)
 
 
-class Gate(BaseHTTPRequestHandler):
-    """A hub that has what is asked for, for others."""
-
-    def do_HEAD(self):
-        self.send_response(401)
-        for name, value in (("X-Error-Code", "GatedRepo"), ("X-Error-Message", "Access to it is restricted."), ("Content-Length", "0")):
-            self.send_header(name, value)
-        self.end_headers()
-
-    do_GET = do_HEAD
-
-    def log_message(self, *_):
-        """Say nothing."""
+def test_models_and_data_come_from_the_hub_and_records_say_at_which_commits(shelf, tmp_path):
+    """Over HTTP, as the hub's own clients ask for them; then the hub has other commits under the same names."""
+    hub.publish(shelf[0], tmp_path / "hub")
+    (tmp_path / "small.toml").write_text('[small]\nlike = "paper"\nmax_new_tokens = 8\nbatch_size = 16\n')
+    code = f"""
+from kdlib import jobs, results, study
+plan = study.plan("data_budget", {{"preset": "small", "budgets": [32, 64], "seeds": [0, 1], "tasks": {{{shelf[1]!r}: {{}}}}, "results_dir": {str(tmp_path / "results")!r}}})
+jobs.execute(plan.root, *next(run for run in plan.runs if run[0]["method"] == "kd" and run[0]["seed"] == SEED), "accuracy")"""
+    for seed, commit in enumerate(("a" * 40, "b" * 40)):
+        with hub.served(tmp_path / "hub", commit, tmp_path / "home") as run:
+            done = run(code.replace("SEED", str(seed)), KDLIB_PRESETS=str(tmp_path / "small.toml"))
+        record, = (results.read_record(p) for p in (tmp_path / "results" / "small" / "runs").glob("*.json"))
+        if commit[0] == "a":
+            assert done.returncode == 0, done.stderr
+            assert record["provenance"]["commits"] == dict.fromkeys(
+                (f"{name}@main" for name in ("meta-llama/Llama-3.2-1B", "allenai/Llama-3.1-Tulu-3-8B-SFT", "allenai/tulu-3-sft-mixture",
+                                             "qiaojin/PubMedQA", "keivalya/MedQuad-MedicalQnADataset")), commit)
+            report = record["provenance"]["data_report"]
+            assert report["loading"]["train"]["rows_read"] == 402 and report["medical/test"]["rows"] == 40 and report["medical/pool"]["rows"] == 60
+    assert done.returncode == 1 and re.fullmatch(
+        r"ValueError: meta-llama/Llama-3.2-1B@main was commit a{40} when these results began, and is b{40} now; give a new results_dir, or a revision that stays\.",
+        done.stderr.strip().splitlines()[-1]), done.stderr
 
 
 @pytest.mark.parametrize("code, message", [
@@ -235,12 +240,8 @@ class Gate(BaseHTTPRequestHandler):
     ("from kdlib import text; text.load_rows({'hub': 'some/gated', 'local': 'its-rows'})",
      r"FileNotFoundError: Neither the hub nor local data can be reached for 'some/gated' .*\(gated sets: `hf auth login`\), or set KDLIB_DATA to a folder that holds 'its-rows'")])
 def test_what_is_gated_is_named_with_both_remedies(tmp_path, code, message):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Gate) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        known = {k: v for k, v in os.environ.items() if not k.startswith(("KDLIB_", "HF_"))}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={
-            **known, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)})
-        server.shutdown()
+    with hub.served(tmp_path, "0" * 40, tmp_path / "home") as run:
+        done = run(code)
     assert done.returncode == 1 and re.fullmatch(message + r".*\.", done.stderr.strip().splitlines()[-1]), done.stderr
 
 
