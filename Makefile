@@ -6,8 +6,6 @@ WORLDS ?= 0
 WORKERS ?= 0
 SITE ?= .site
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install -q --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, which pip would not; some packages hold templates that are no Python
 READY := $(VENV)/.ready
 STORED := notebooks/*.ipynb notebooks/exercises/*.ipynb notebooks/exercises/solutions/*.ipynb
 EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
@@ -35,8 +33,7 @@ smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke
 
 test: $(READY)
-	$(INSTALL) -c .requirements.lock -e '.[cluster,course,eval,lora,serve]'
-	@$(COMPILE)
+	$(BIN)/python -m pip install -q -c .requirements.lock 'kdlib[cluster,course,eval,lora,serve]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
@@ -84,7 +81,6 @@ clean:
 $(READY): .requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .requirements.lock
-	$(INSTALL) --no-deps -e .
-	@$(COMPILE)
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .requirements.lock
+	$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@

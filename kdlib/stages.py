@@ -118,6 +118,18 @@ def read_data(root: Path, spec: dict) -> SimpleNamespace:
         rows=lambda name, kind="sets": load_from_disk(folder / kind / name) if (folder / kind / name).is_dir() else None)
 
 
+def look(root: Path, spec: dict, needed: bool) -> SimpleNamespace:
+    """``tokenizer`` and ``rows(name)`` with ``messages``, to look at: the data artefact's, which is made if it is ``needed`` anyway; else as a
+    world is drawn. FileNotFoundError of other data, which may be large.
+    """
+    if needed or path(root, spec).is_dir():
+        return read_data(root, spec)
+    if hasattr(SOURCES[spec["source"]["kind"]], "origin"):
+        raise FileNotFoundError(f"Every run is found, and the rows that they were trained on are not in {root}.")
+    corpus = corpus_of(spec)
+    return SimpleNamespace(tokenizer=tokenizer_of(spec, corpus), rows=corpus.sets.__getitem__)
+
+
 @lru_cache(maxsize=8)
 def _listed(folder: Path) -> tuple[Sequence[dict], list[str], list[bool | None] | None]:
     found = load_from_disk(folder)

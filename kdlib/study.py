@@ -36,6 +36,11 @@ class Plan:
     domains = property(lambda self: sorted({r["domain"] for r, _ in self.runs} - {None}), doc="The domains, none in general runs.")
 
     @property
+    def trains(self) -> bool:
+        """Whether running it trains: some run has no record, and may be trained."""
+        return self.train_missing and not all(results.record_path(self.root, self.preset.name, i).exists() for i in self.ids)
+
+    @property
     def folder(self) -> Path:
         """Where tables, figures and claims go: the preset's folder, one in it for another world, or one of its own for a changed design."""
         home, world = self.root / self.preset.name, self.runs[0][0]["world_seed"]

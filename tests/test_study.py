@@ -235,6 +235,20 @@ def labels_of(record):
     return {k: record[k] for k in results.KEYS if k != "run_id"}
 
 
+def test_data_are_looked_at_where_they_are_made_or_as_a_world_is_drawn(tiny_root, tiny_records, tmp_path):
+    root = store.open_folder(tmp_path / "new")
+    assert [plan(root).trains, plan(root, train_missing=False).trains, plan(tiny_root).trains] == [True, False, False]
+    spec = specs.data_of(plan(root).configs[0])
+    drawn = stages.look(root, spec, False)
+    assert not specs.path(root, spec).exists()
+    made = stages.look(root, spec, True)
+    assert specs.path(root, spec).is_dir() and drawn.tokenizer.get_vocab() == made.tokenizer.get_vocab()
+    for name in ("train", "market/train", "market/pool"):
+        assert list(drawn.rows(name)["messages"]) == list(made.rows(name)["messages"])
+    with pytest.raises(FileNotFoundError, match=f"Every run is found, and the rows that they were trained on are not in {root}"):
+        stages.look(root, study.data_spec(PRESETS["realtext"], 0), False)
+
+
 def test_the_same_spec_gives_the_same_record(tiny_records, tmp_path):
     chosen = [r for r in tiny_records if r["budget"] == 20 and r["seed"] == 1]
     root = store.open_folder(tmp_path / "again")
