@@ -1,6 +1,7 @@
 """Evaluation on public tasks by EleutherAI's lm-evaluation-harness, an optional extra: ``pip install 'kdlib[eval]'``."""
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -29,7 +30,7 @@ def check_tasks(tasks: dict[str, dict]) -> dict[str, dict]:
         try:
             from lm_eval import evaluator_utils, tasks as known
             folders = (OWN, *(Path(t).parent for t in tasks if t.endswith(".yaml")))
-            alone = all(t.endswith(".yaml") and "group:" not in Path(t).read_text("utf-8") for t in tasks)  # a group may name the harness's
+            alone = all(Path(t).is_file() and not re.search(r"^\W*group\W*:", Path(t).read_text("utf-8"), re.M) for t in tasks)  # a group may name the harness's
             manager = _manager(known.TaskManager, folders, tuple((f, f.stat().st_mtime_ns) for folder in folders for f in sorted(folder.glob("*.y*ml"))),
                                include_defaults=not alone)
             name = next((n for n, entry in manager.task_index.items() if entry.yaml_path == Path(task)), task)

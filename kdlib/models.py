@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kdlib.presets import check
 
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # or pickled weights would be asked of the hub in another form, from another commit
 TEXT = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 LADDER, SPECIAL, ROLES, CHAT_TEMPLATE = (TEXT[k] for k in ("ladder", "special", "roles", "chat_template"))
 REMEDIES = [(tuple(r["marks"]), r["say"]) for r in TEXT["remedies"]]

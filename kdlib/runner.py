@@ -3,6 +3,8 @@
 import gc
 import multiprocessing
 import os
+import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -109,11 +111,11 @@ def launch(configuration: str, module: str, *arguments: str) -> None:
     with socket.socket() as free:  # so that two that start together do not meet
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", port, "-m", module, *arguments]
-    with tempfile.NamedTemporaryFile("w+", prefix="kdlib-launch-", suffix=".log", delete=False) as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", port, "--tee", "3"]
+    with tempfile.NamedTemporaryFile("w+", prefix="kdlib-launch-", suffix=".log", delete=False) as log, tempfile.TemporaryDirectory() as each:
+        done = subprocess.run([*command, "--log_dir", each, "-m", module, *arguments], stdout=log, stderr=subprocess.STDOUT)
         log.seek(0)
-        said = log.read().splitlines()
+        said = [re.sub(r"^\[\w+\]:", "", line) for line in log.read().splitlines()]  # --tee keeps lines whole, behind the process that wrote them
     if done.returncode:
         why = ([line for line in said if "Error: " in line] or said or ["it said nothing"])[0].strip()
         raise RuntimeError(f"Training with KDLIB_LAUNCH={configuration!r} failed: {why} (all it said: {log.name})")
@@ -131,6 +133,7 @@ class Ray(Executor):
         ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         devices = int(ray.cluster_resources().get("GPU", 0))
         task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
-        remote = task(lambda function: _quiet() or function())
-        self.submit = lambda function: remote.remote(function).future()
+        known = {name: value for name, value in os.environ.items() if name.startswith(("KDLIB_", "HF_"))}  # which no worker of a running cluster has
+        remote = task(lambda packed: os.environ.update(known) or _quiet() or pickle.loads(packed)())
+        self.submit = lambda function: remote.remote(ray.cloudpickle.dumps(function)).future()
         self.shutdown = lambda **_: ray.shutdown()

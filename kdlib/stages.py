@@ -31,11 +31,8 @@ def open_model(root: Path, spec: dict, **how):
     if "hub" not in spec:
         return models.load(make(root, spec), **how)
     spread = {"device_map": "auto"} if not how and torch.accelerator.device_count() > 1 else {}  # a teacher may need all devices
-    opened = models.load(spec["hub"], spec["revision"], spec["data"]["tokenizer"]["template"], **spread, **how)
-    for name, known in commits_of(path(root, spec)).items():
-        if known != (now := models.commit(spec["hub"], spec["revision"])):
-            raise ValueError(f"{name} was commit {known} when these results began, and is {now} now; give a new results_dir, or a revision that stays.")
-    return opened
+    known = next(iter(commits_of(path(root, spec)).values()), None)  # when these results began; the revision may have moved since
+    return models.load(spec["hub"], known or spec["revision"], spec["data"]["tokenizer"]["template"], **spread, **how)
 
 
 def commits_of(folder: Path) -> dict[str, str]:
@@ -79,9 +76,11 @@ def room(spec: dict) -> dict:
 
 
 def _build_data(root: Path, spec: dict, folder: Path) -> None:
+    commits = _source(spec, "commits")() or {}
     corpus = corpus_of(spec)
     tokenizer = tokenizer_of(spec, corpus)
     tokenizer.save_pretrained(folder / "tokenizer")
+    _write_commits(folder, commits | (_commit(spec["tokenizer"]["name"], spec["tokenizer"]["revision"]) if "tokenizer" in spec else {}))
     report, render = {"loading": corpus.report}, partial(data.render, tokenizer=tokenizer, **room(spec))
     for name, rows in corpus.sets.items():
         rendered, report[name] = render(rows)
@@ -98,7 +97,10 @@ def _build_data(root: Path, spec: dict, folder: Path) -> None:
             report[name] |= data.lengths(rendered) | ({"commonest_answer": round(max(ends.values()) / ends.total(), 4)} if ends else {})
         rendered.save_to_disk(folder / "sets" / name, num_proc=data.processes(len(rendered)))
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    _write_commits(folder, _source(spec, "commits")() or {})
+
+
+def _commit(name: str, revision: str | None) -> dict[str, str | None]:
+    return {f"{name}@{revision or 'main'}": models.commit(name, revision)}
 
 
 def _write_commits(folder: Path, found: dict[str, str | None]) -> None:
@@ -125,7 +127,7 @@ def look(root: Path, spec: dict, needed: bool) -> SimpleNamespace:
     if needed or path(root, spec).is_dir():
         return read_data(root, spec)
     if hasattr(SOURCES[spec["source"]["kind"]], "origin"):
-        raise FileNotFoundError(f"Every run is found, and the rows that they were trained on are not in {root}.")
+        raise FileNotFoundError(f"Nothing is to be trained, and the rows to train on are not in {root}.")
     corpus = corpus_of(spec)
     return SimpleNamespace(tokenizer=tokenizer_of(spec, corpus), rows=corpus.sets.__getitem__)
 
@@ -220,7 +222,7 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         for phase in spec.get("phases", ()):
             tune(root, model, known.tokenizer, phase, data_of(spec))
     if "hub" in spec:
-        _write_commits(folder, {f"{spec['hub']}@{spec['revision']}": models.commit(spec["hub"], spec["revision"])})
+        _write_commits(folder, _commit(spec["hub"], spec["revision"]))
     else:
         model.save_pretrained(folder)
         known.tokenizer.save_pretrained(folder)

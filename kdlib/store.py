@@ -144,5 +144,5 @@ def manifest(path: Path) -> dict:
 
 
 def content_hash(path: Path) -> str:
-    """One hash over all files of an artefact, for provenance."""
-    return digest(manifest(path)["files"])
+    """One hash over all files of an artefact, for provenance, but for commits.json, which says where it came from and not what it is."""
+    return digest({name: found for name, found in manifest(path)["files"].items() if name != "commits.json"})

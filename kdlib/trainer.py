@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kdlib import inference
 from kdlib.data import IGNORE, Collator, stretches
@@ -148,6 +148,7 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
         raise ValueError(f"batch_size={batch_size} does not split over {ranks} processes into {parts} equal parts; allowed: a multiple of both.")
     whole = model
     if lora is not None:
+        set_seed(seed)  # adapters are drawn here
         model = peft().get_peft_model(model, peft().LoraConfig(task_type="CAUSAL_LM", **lora))
     args = TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size // ranks // parts, learning_rate=learning_rate,
@@ -161,6 +162,8 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
                                   processing_class=tokenizer, teacher=teacher, objective=objective)
     trainer.remove_callback(PrinterCallback)
     metrics = trainer.train().metrics
+    if ranks > 1:  # each knows its own rows' loss
+        metrics["train_loss"] = float(trainer.accelerator.reduce(torch.tensor(metrics["train_loss"], device=args.device), "mean"))
     if lora is not None:
         model.merge_and_unload()  # into the very modules of the model given
     if save_to is not None:

@@ -131,8 +131,12 @@ class Server(BaseHTTPRequestHandler):
         path, root, commit = unquote(urlsplit(self.path).path).strip("/"), self.server.root, {"X-Repo-Commit": self.server.commit}
         about = re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+(/.*)?)?", path)
         file = re.fullmatch(r"(?:(datasets)/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        self.server.asked.append(path)
+        known = [m for m in (about and about[2], file and file[2]) if m]
         if "some/gated" in path:
             self.answer(401, **{"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted."})
+        elif not known or not any((root / kind / known[0]).is_dir() for kind in ("models", "datasets")):  # as the hub says it to those without a token
+            self.answer(401, **{"X-Error-Code": "RepoNotFound"})
         elif file and (found := root / (file[1] or "models") / file[2] / file[3]).is_file():
             self.answer(200, found.read_bytes(), ETag=f'"{hashlib.sha1(found.read_bytes()).hexdigest()}"', **commit)
         elif file:
@@ -143,7 +147,7 @@ class Server(BaseHTTPRequestHandler):
         elif about and about[3] != "tree" and (root / about[1] / about[2]).is_dir():
             self.answer(200, json.dumps({"id": about[2], "sha": self.server.commit, "siblings": [], "tags": []}).encode())
         else:
-            self.answer(404, b"{}", **{"X-Error-Code": "EntryNotFound" if about else "RepoNotFound"})
+            self.answer(404, b"{}", **{"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
@@ -161,11 +165,17 @@ class Server(BaseHTTPRequestHandler):
 
 @contextmanager
 def served(root: Path, commit: str, home: Path):
-    """``run(code)`` with a server of ``root``: Python in a process of its own, which finds it where the hub would be, and keeps what it gets in ``home``."""
+    """``run(code)`` with a server of ``root``: Python in a process of its own, which finds it where the hub would be, and keeps what it gets in ``home``;
+    ``run.asked`` are the paths asked for."""
     known = {k: v for k, v in os.environ.items() if not k.startswith(("KDLIB_", "HF_"))}
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        server.root, server.commit = root, commit
+        server.root, server.commit, server.asked = root, commit, []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         own = {**known, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
-        yield lambda code, **more: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**own, **more})
+
+        def run(code, **more):
+            return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**own, **more})
+
+        run.asked = server.asked
+        yield run
         server.shutdown()

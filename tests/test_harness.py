@@ -155,7 +155,8 @@ def test_what_would_fail_after_training_fails_before_in_one_sentence(given, own,
     refuses("tokenizer.chat_template=None is not allowed; allowed: a template", {}, functools.partial(harness, model, bpe))
     monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)
     theirs = tmp_path / "theirs.yaml"
-    theirs.write_text("group: theirs\ntask: [gsm8k]\n")
+    theirs.write_text("group : theirs\ntask: [gsm8k]\n")
+    refuses(r"absent.yaml'\] cannot .*KeyError.*allowed: a name that `lm_eval ls tasks` shows, or a sound .yaml", {str(tmp_path / "absent.yaml"): {}, str(theirs): {}})
     for name in ("gsm8k", str(theirs)):
         refuses(rf"tasks\['{name}'\] cannot .*'openai/gsm8k'.*; connect, or give a .yaml with data_files", {name: {}, str(theirs): {}})
     monkeypatch.setitem(sys.modules, "lm_eval", None)

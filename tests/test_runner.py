@@ -105,6 +105,13 @@ def test_launched_processes_that_fail_say_why_and_where_all_they_said_is(tmp_pat
     assert str(log) in str(failure.value) and "before" in log.read_text()
 
 
+def test_a_launch_starts_as_many_processes_as_its_configuration_says(tmp_path, monkeypatch):
+    (tmp_path / "told.py").write_text("import os, pathlib\nrank = os.environ['RANK']\npathlib.Path(__file__).with_name(f'rank-{rank}').write_text(os.environ['WORLD_SIZE'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    runner.launch(str(results.REPOSITORY / "kdlib" / "accelerate" / "processors.yaml"), "told")
+    assert {p.name: p.read_text() for p in tmp_path.glob("rank-*")} == {"rank-0": "2", "rank-1": "2"}
+
+
 def _die_once(folder: str) -> None:
     if not (Path(folder) / "died").exists():
         (Path(folder) / "died").touch()
@@ -127,6 +134,12 @@ def test_ray_does_a_task_again_whose_worker_was_killed(cluster, tmp_path):
     runner.compute(task(tmp_path, "a") | task(tmp_path, "b") | {partial(_die_once, str(tmp_path)): 1.0} | task(tmp_path, "c"))
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "died", "survived"}
     assert not cluster.is_initialized()
+
+
+def test_rays_workers_have_the_drivers_settings(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_DATA", "one")  # which its machines started without
+    runner.compute({partial(_tell, str(tmp_path / "said")): 1.0})
+    assert (tmp_path / "said").read_text() == "one"
 
 
 def test_a_study_on_ray_with_a_worker_killed_has_the_same_numbers(cluster, tiny_records, tmp_path):

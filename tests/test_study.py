@@ -245,7 +245,7 @@ def test_data_are_looked_at_where_they_are_made_or_as_a_world_is_drawn(tiny_root
     assert specs.path(root, spec).is_dir() and drawn.tokenizer.get_vocab() == made.tokenizer.get_vocab()
     for name in ("train", "market/train", "market/pool"):
         assert list(drawn.rows(name)["messages"]) == list(made.rows(name)["messages"])
-    with pytest.raises(FileNotFoundError, match=f"Every run is found, and the rows that they were trained on are not in {root}"):
+    with pytest.raises(FileNotFoundError, match=f"Nothing is to be trained, and the rows to train on are not in {root}"):
         stages.look(root, study.data_spec(PRESETS["realtext"], 0), False)
 
 

@@ -386,6 +386,15 @@ def test_half_precision_trains_close_to_full(student, teacher, rows, tmp_path, t
     assert 0 < distance(exact, half) < 0.05 * distance(exact, weights(student))
 
 
+def test_low_rank_adapters_start_where_their_seed_says_whatever_came_before(student, rows, tmp_path, tokenizer):
+    pytest.importorskip("peft")
+    found = []
+    for before, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(before)
+        found.append(fit(student, rows, tmp_path, tokenizer, learning_rate=1e-2, seed=seed, use_cpu=True, lora={"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}))
+    assert distance(found[0], found[1]) == 0 < distance(found[0], weights(student)) and distance(found[0], found[2]) > 0
+
+
 def test_low_rank_adapters_learn_and_nothing_else_does(student, teacher, rows, tmp_path, tokenizer):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(copy.deepcopy(student), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
