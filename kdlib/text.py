@@ -13,6 +13,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -77,8 +78,14 @@ def load_rows(source: dict) -> Dataset:
                 raise cause
             why = f"{type(cause).__name__}: {cause}".split("\n")[0][:200]
             raise ValueError(f"{path} cannot be read as Parquet files of the same columns ({why}).") from error
-    try:
+    with _reached(source):
         return load_dataset(source["hub"], source.get("hub_config"), revision=source.get("revision"), split=source.get("split", "train"))
+
+
+@contextmanager
+def _reached(source: dict):
+    try:
+        yield
     except Exception as error:  # the hub's client raises many kinds; the remedy is the same for all
         why, local = f"{type(error).__name__}: {error}".split("\n")[0][:200], source.get("local")
         raise FileNotFoundError(f"Neither the hub nor local data can be reached for {source.get('hub')!r} ({why}): connect to the internet (gated sets: "
@@ -244,9 +251,12 @@ def _parts(sources: dict) -> list[dict]:
 
 def commits(**sources) -> dict[str, str]:
     """The commit of each data set, ``id@revision``, that :func:`corpus` reads from the hub with these arguments."""
-    found = {(s["hub"], s.get("hub_config"), s.get("revision") or "main") for s in _parts(sources)
-             if "hub" in s and not find(s) and not Path(s["hub"]).is_dir()}
-    return {f"{name}@{revision}": load_dataset_builder(name, config, revision=revision).hash for name, config, revision in sorted(found, key=str)}
+    found = {}
+    for s in _parts(sources):
+        if "hub" in s and not find(s) and not Path(s["hub"]).is_dir():
+            with _reached(s):
+                found[f"{s['hub']}@{s.get('revision') or 'main'}"] = load_dataset_builder(s["hub"], s.get("hub_config"), revision=s.get("revision")).hash
+    return found
 
 
 def origin(**sources) -> dict[str, str] | None:

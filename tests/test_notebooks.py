@@ -407,7 +407,7 @@ def test_bad_parameters_end_papermill_with_one_sentence(tmp_path, name, argument
 
 
 @pytest.mark.parametrize("environment, message", [
-    ({"HF_HUB_OFFLINE": "1"}, "Neither the hub nor local data can be reached for 'databricks/databricks-dolly-15k'"),
+    ({"HF_HUB_OFFLINE": "1"}, "Neither the hub nor local data can be reached for 'Salesforce/wikitext'"),
     ({"KDLIB_DATA": "nowhere"}, "KDLIB_DATA='nowhere' has no file 'pretrain_books.jsonl.gz'; point KDLIB_DATA at")])
 def test_without_data_realtext_says_both_remedies_before_it_trains(tmp_path, environment, message):
     inherited = {k: v for k, v in os.environ.items() if k != "KDLIB_DATA"}

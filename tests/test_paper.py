@@ -80,29 +80,34 @@ def test_the_notebook_makes_the_records_claims_and_figures_of_any_preset(execute
     assert gap.n == 20 and gap.estimate == pytest.approx(means.kd - means.sft)
 
 
-@pytest.mark.parametrize("configuration", ["processors", "fsdp"])
-def test_two_processes_train_as_one_does(shelf, tmp_path, monkeypatch, configuration):
-    plan = few("paper", shelf[1], tmp_path / "alone")
-    labels, config = next(run for run in plan.runs if run[0]["method"] == "kd" and run[0]["budget"] == 128)
+@pytest.fixture(scope="module")
+def alone(shelf, tmp_path_factory):
+    """A short KD run in float32, to compare digits, by one process: its labels, configuration and record."""
+    root = store.open_folder(tmp_path_factory.mktemp("alone"))
+    labels, config = next(run for run in few("paper", shelf[1], root).runs if run[0]["method"] == "kd" and run[0]["budget"] == 128)
     own = json.loads(json.dumps(config | {"evaluate": {"on": "test"}}))
-    own["phases"][0] |= {"training": {"micro_batch": 8}, "steps": 6, "batch_size": 32, "learning_rate": 1e-2}  # in float32, to compare digits
+    own["phases"][0] |= {"training": {"micro_batch": 8}, "steps": 6, "batch_size": 32, "learning_rate": 1e-2}
+    own["start"]["data"]["max_new_tokens"] = own["phases"][0]["teacher"]["data"]["max_new_tokens"] = 8
+    jobs.execute(root, labels, own, "accuracy")
+    return labels, own, results.read_record(results.record_path(root, "paper", results.run_id(own)))
+
+
+@pytest.mark.parametrize("configuration", ["processors", "fsdp"])
+def test_two_processes_train_as_one_does(alone, tmp_path, monkeypatch, configuration):
+    (labels, own, record), root = alone, store.open_folder(tmp_path / "together")
     here = yaml.safe_load((CONFIGURATIONS / f"{configuration}.yaml").read_text()) | {"num_processes": 2, "use_cpu": True}
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(here))
-    found = []
-    for name in ("alone", "together"):
-        if name == "together":
-            monkeypatch.setenv("KDLIB_LAUNCH", str(tmp_path / "here.yaml"))
-        root = store.open_folder(tmp_path / name)
-        jobs.execute(root, labels, own, "accuracy")
-        found += results.read_records(root, "paper", [results.run_id(own)])
-    alone, together = (r["metrics"] for r in found)
-    moved = abs(alone["nll"] - alone["untuned_nll"])  # little: the teacher is a fresh model, almost uniform
-    assert moved > 1e-3 and abs(together["nll"] - alone["nll"]) < 0.02 * moved
-    assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-3)
-    assert found[0]["provenance"]["tokens"] == found[1]["provenance"]["tokens"]
-    odd = own | {"phases": [own["phases"][0] | {"batch_size": 33}]}
-    with pytest.raises(RuntimeError, match="batch_size=33 does not split over 2 processes"):  # so there are two
-        jobs.execute(root, labels, odd, "accuracy")
+    monkeypatch.setenv("KDLIB_LAUNCH", str(tmp_path / "here.yaml"))
+    jobs.execute(root, labels, own, "accuracy")
+    together = results.read_record(results.record_path(root, "paper", results.run_id(own)))
+    one, two = record["metrics"], together["metrics"]
+    moved = abs(one["nll"] - one["untuned_nll"])  # little: the teacher is a fresh model, almost uniform
+    assert moved > 1e-3 and abs(two["nll"] - one["nll"]) < 0.02 * moved
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
+    assert record["provenance"]["tokens"] == together["provenance"]["tokens"]
+    if configuration == "processors":
+        with pytest.raises(RuntimeError, match="batch_size=33 does not split over 2 processes"):  # so there are two
+            jobs.execute(root, labels, own | {"phases": [own["phases"][0] | {"batch_size": 33}]}, "accuracy")
 
 
 def test_teachers_and_domains_take_the_same_way_through_their_notebooks(shelf, tmp_path):

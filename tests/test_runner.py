@@ -130,16 +130,13 @@ def cluster(monkeypatch):
     ray.shutdown()
 
 
-def test_ray_does_a_task_again_whose_worker_was_killed(cluster, tmp_path):
-    runner.compute(task(tmp_path, "a") | task(tmp_path, "b") | {partial(_die_once, str(tmp_path)): 1.0} | task(tmp_path, "c"))
-    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "died", "survived"}
+def test_ray_does_a_task_again_whose_worker_was_killed_with_the_drivers_settings(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_DATA", "one")  # which the cluster was started without
+    told = {partial(_tell, str(tmp_path / "told")): 1.0}
+    runner.compute(task(tmp_path, "a") | task(tmp_path, "b") | {partial(_die_once, str(tmp_path)): 1.0} | task(tmp_path, "c") | told)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "died", "survived", "told"}
+    assert (tmp_path / "told").read_text() == "one"
     assert not cluster.is_initialized()
-
-
-def test_rays_workers_have_the_drivers_settings(cluster, tmp_path, monkeypatch):
-    monkeypatch.setenv("KDLIB_DATA", "one")  # which its machines started without
-    runner.compute({partial(_tell, str(tmp_path / "said")): 1.0})
-    assert (tmp_path / "said").read_text() == "one"
 
 
 def test_a_study_on_ray_with_a_worker_killed_has_the_same_numbers(cluster, tiny_records, tmp_path):
