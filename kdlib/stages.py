@@ -104,7 +104,7 @@ def _commit(name: str, revision: str | None) -> dict[str, str | None]:
 
 
 def _write_commits(folder: Path, found: dict[str, str | None]) -> None:
-    """Keep what the hub's revisions were, so that two of one name are not mixed."""
+    """Keep what the hub's revisions were: :func:`open_model` goes on with them, and records name them."""
     if known := {name: commit for name, commit in found.items() if commit}:
         (folder / "commits.json").write_text(json.dumps(known), encoding="utf-8")
 
