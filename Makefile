@@ -13,6 +13,7 @@ EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
 # A Linux machine without an NVIDIA card takes PyTorch's processor build, unless pip is set up for indexes of its own.
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -qiE 'index|find-links' && echo https://download.pytorch.org/whl/cpu)
+TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: study smoke test test-browser lab slides sweep bench outputs readme replay report clean
 
@@ -78,9 +79,10 @@ slides: $(READY)
 clean:
 	rm -rf .study .site .slides .browser .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants
 
+# The locked packages, two pips at a time, since each keeps one core busy; then what this platform needs besides.
 $(READY): .requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .requirements.lock
-	$(BIN)/python -m pip install -q --no-deps -e .
+	xargs -P 2 -n 10 $(BIN)/python -m pip install -q --no-deps $(TORCH) < .requirements.lock
+	$(BIN)/python -m pip install -q $(TORCH) -c .requirements.lock -e .
 	@touch $@

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from tiny import pretend, sweep
 
-from kdlib import plots, presets, results, stats, store, study
+from kdlib import data, plots, presets, results, specs, stages, stats, store, study
 from kdlib.presets import PRESETS
 
 FOLDER = results.REPOSITORY / "notebooks"
@@ -240,6 +240,33 @@ def test_teachers_are_compared_and_c2_needs_both_contrasts(smoke_teachers):
             assert table.loc[name, key] == pytest.approx(row["metrics"][key], rel=1e-4)
     made = {p.stem for p in (plan.folder / "figures").iterdir()}
     assert made >= {"gap_by_teacher", "gain_vs_advantage", "words_or_distributions"}
+
+
+def test_the_strong_teacher_learned_what_verified_of_its_answers_and_its_words_teach(smoke_teachers):
+    folder, _ = smoke_teachers
+    plan = study.plan("teacher_strength", {"preset": "smoke", "results_dir": str(folder / "results"), "train_missing": False})
+    records = study.run(plan)
+    frame = results.frame(records)
+    assert set(frame.arm) == {"sft", "kd weak", "kd base", "kd strong", "seq_kd strong"} and (frame.groupby("arm").size() == 4).all()
+    config = next(r["config"] for r in records if r["method"] == "seq_kd")
+    spec, (part,) = specs.data_of(config), config["phases"][0]["rows"]
+    rows, _, right = stages.read_rows(plan.root, [part], spec)
+    known, asked = stages.read_data(plan.root, spec), stages.read_rows(plan.root, [{"set": "train"}], spec)[0]
+    assert len(rows) == len(asked) == len(right) == plan.preset.train_rows and [r["id"] for r in rows] == [r["id"] for r in asked]
+    for row, prompt, fine, source in zip(rows, asked, right, known.rows("train")):
+        start = next(i for i, t in enumerate(row["labels"]) if t != data.IGNORE)
+        assert row["input_ids"][:start] == prompt["input_ids"][:start], "the same prompts"
+        said = known.tokenizer.decode([t for t in row["labels"] if t != data.IGNORE], skip_special_tokens=True)
+        assert known.verify(source, said) is fine
+    assert frame[frame.method == "seq_kd"].label_accuracy.tolist() == pytest.approx([sum(right) / len(right)] * 4)
+    assert frame[frame.method != "seq_kd"].label_accuracy.isna().all()
+    strong = specs.teacher_of(config)
+    (kept,) = strong["phases"][0]["rows"]
+    chosen, _, judged = stages.read_rows(plan.root, [kept], spec)
+    assert 0 < len(chosen) == sum(judged) < len(judged)
+    assert [int(r["id"].split("/")[1]) for r in chosen] == [i for i, fine in enumerate(judged) if fine]
+    wanted = json.loads((specs.path(plan.root, strong) / "evaluation.json").read_text())["test"]["accuracy"]
+    assert set(frame[frame.teacher == "strong"].teacher_accuracy) == {wanted}
 
 
 def test_two_stages_are_compared_with_every_recipe(smoke_teachers):

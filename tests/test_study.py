@@ -280,34 +280,6 @@ def test_a_teacher_that_says_nothing_right_cannot_be_tuned_on_its_words(tiny_roo
         stages.make(tiny_root, spec)
 
 
-def test_teachers_of_every_strength_and_their_own_words(tmp_path):
-    able = changed(TINY, bases={name: {**base, "steps": 300} for name, base in TINY.bases.items()}, source={**TINY.source, "pretrain_lines": 6000},
-                   teachers={n: {**t, "tuning": {**t["tuning"], "steps": 120}} for n, t in TINY.teachers.items()})
-    runs = study.grid(able, "teacher_strength", 0)
-    made = study.Plan(able, tuple(runs), store.open_folder(tmp_path / "teachers"), True, True, 2)
-    records = study.run(made)
-    frame = results.frame(records)
-    assert set(frame.arm) == {"sft", "kd weak", "kd base", "kd strong", "seq_kd strong"} and (frame.groupby("arm").size() == 4).all()
-    config = next(r["config"] for r in records if r["method"] == "seq_kd")
-    spec, (part,) = specs.data_of(config), config["phases"][0]["rows"]
-    rows, _, right = stages.read_rows(made.root, [part], spec)
-    known, asked = stages.read_data(made.root, spec), stages.read_rows(made.root, [{"set": "train"}], spec)[0]
-    assert len(rows) == len(asked) == len(right) == TINY.train_rows and [r["id"] for r in rows] == [r["id"] for r in asked]
-    for row, prompt, fine, source in zip(rows, asked, right, known.rows("train")):
-        start = next(i for i, t in enumerate(row["labels"]) if t != data.IGNORE)
-        assert row["input_ids"][:start] == prompt["input_ids"][:start], "the same prompts"
-        said = known.tokenizer.decode([t for t in row["labels"] if t != data.IGNORE], skip_special_tokens=True)
-        assert known.verify(source, said) is fine
-    assert frame[frame.method == "seq_kd"].label_accuracy.tolist() == pytest.approx([sum(right) / len(right)] * 4)
-    assert frame[frame.method != "seq_kd"].label_accuracy.isna().all()
-    strong = specs.teacher_of(config)
-    (kept,) = strong["phases"][0]["rows"]
-    chosen, _, judged = stages.read_rows(made.root, [kept], spec)
-    assert len(chosen) == sum(judged) and [int(r["id"].split("/")[1]) for r in chosen] == [i for i, fine in enumerate(judged) if fine]
-    wanted = json.loads((specs.path(made.root, strong) / "evaluation.json").read_text())["test"]["accuracy"]
-    assert set(frame[frame.teacher == "strong"].teacher_accuracy) == {wanted}
-
-
 def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_records, tmp_path, monkeypatch):
     from kdlib import trainer
 

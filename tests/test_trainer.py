@@ -350,32 +350,36 @@ def test_packed_batches_and_on_policy_answers_do_not_mix(student, teacher, rows,
         learner.own_answers(data.Collator(0, pack=True)([rows[i] for i in range(16)]))
 
 
+MODES = ("trained", "own", "sharded")
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node={}", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"],
     "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes={}", "--num_machines=1", "--mixed_precision=no",
                    "--dynamo_backend=no", "--main_process_port=0"]}
 
 
-def in_one_and_two(mode, folder, launcher="torchrun"):
-    """What ``two_processes.py`` wrote in one process, and in two, which ``launcher`` starts."""
-    script = Path(__file__).with_name("two_processes.py")
-    for processes, starter in ((1, "torchrun"), (2, launcher)):
-        done = subprocess.run([sys.executable, "-m", *(word.format(processes) for word in LAUNCHERS[starter]), str(script), mode,
-                               str(folder / str(processes))], capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def in_processes(tmp_path_factory):
+    """What ``two_processes.py`` wrote: by starter, number of processes and mode."""
+    folder, script, found = tmp_path_factory.mktemp("processes"), Path(__file__).with_name("two_processes.py"), {}
+    for starter, processes, modes in (("torchrun", 1, MODES), ("torchrun", 2, MODES), ("accelerate", 2, MODES[:1])):
+        (into := folder / f"{starter}-{processes}").mkdir()
+        done = subprocess.run([sys.executable, "-m", *(word.format(processes) for word in LAUNCHERS[starter]), str(script), str(into), *modes],
+                              capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-    return [load_file(folder / name) for name in ("1", "2")]
+        found |= {(starter, processes, file.name): load_file(file) for file in into.iterdir()}
+    return found
 
 
-@pytest.mark.parametrize("mode, launcher", [("trained", "torchrun"), ("own", "torchrun"), ("trained", "accelerate")])
-def test_two_processes_train_as_one(tmp_path, mode, launcher):
+@pytest.mark.parametrize("mode, starter", [("trained", "torchrun"), ("own", "torchrun"), ("trained", "accelerate")])
+def test_two_processes_train_as_one(in_processes, mode, starter):
     """Plain gradient descent over answers of unequal length: a wrong count or scale would show in the weights."""
-    one, two = in_one_and_two(mode, tmp_path, launcher)
-    moved = distance(one, load_file(tmp_path / "1.start"))
+    one, two = in_processes["torchrun", 1, mode], in_processes[starter, 2, mode]
+    moved = distance(one, in_processes["torchrun", 1, f"{mode}-start"])
     assert moved > 1e-3 and distance(one, two) < (1e-6 if mode == "trained" else 1e-5 * moved)
 
 
-def test_a_student_in_shards_has_the_gradient_of_a_whole_one(tmp_path):
-    one, two = in_one_and_two("sharded", tmp_path)
+def test_a_student_in_shards_has_the_gradient_of_a_whole_one(in_processes):
+    one, two = in_processes["torchrun", 1, "sharded"], in_processes["torchrun", 2, "sharded"]
     assert one.keys() == two.keys() and max(g.abs().max() for g in one.values()) > 1e-2 and distance(one, two) < 1e-6
 
 
