@@ -22,10 +22,10 @@ def _manager(kind: type, folders: tuple[Path, ...], files: tuple, **which):
 @patch.multiple("sys", stderr=open(os.devnull, "w"), stdout=open(os.devnull, "w"))  # progress and warnings
 def check_tasks(tasks: dict[str, dict]) -> dict[str, dict]:
     """``{subtask: (lm_eval's Task, metric)}`` of each of ``tasks`` by name; ValueError before training on what would fail after."""
-    found, keys = {}, ("num_fewshot", "limit", "metric")
+    found, keys = {}, ("num_fewshot", "limit", "max_gen_toks", "metric")
     for task, settings in check("tasks", tasks, dict, "settings by the name of a task, of one or more", len).items():
-        shots, limit, metric = map(check(what := f"tasks[{task!r}]", settings, dict, ", ".join(keys), {*keys}.issuperset).get, keys)
-        for key, value, least in zip(keys, (shots, limit), (0, 1)):
+        shots, limit, longest, metric = map(check(what := f"tasks[{task!r}]", settings, dict, ", ".join(keys), {*keys}.issuperset).get, keys)
+        for key, value, least in zip(keys, (shots, limit, longest), (0, 1, 1)):
             check(f"{what}[{key!r}]", least if value is None else value, int, f"a whole number from {least}", lambda v: v >= least)
         try:
             from lm_eval import evaluator_utils, tasks as known
@@ -52,24 +52,27 @@ def check_tasks(tasks: dict[str, dict]) -> dict[str, dict]:
 
 
 @patch.multiple("sys", stderr=open(os.devnull, "w"), stdout=open(os.devnull, "w"))
-def harness(model, tokenizer, tasks: dict[str, dict], *, batch_size: int = 8, seed: int = 0) -> tuple[dict, dict]:
+def harness(model, tokenizer, tasks: dict[str, dict], *, batch_size: int | None = None, seed: int = 0) -> tuple[dict, dict]:
     """``(metrics, items)`` as of :mod:`kdlib.evaluate`, of ``model`` as it is in memory on public ``tasks`` in the chat template.
 
     ``tasks`` has by name of a task or group of the harness, or path of a task's .yaml, its settings, all optional: ``num_fewshot``;
-    ``limit``, the first documents of each subtask; ``metric``, ``"name,filter"``, else the first that is a mean over documents. An
-    item is a document, its ``correct`` that metric, 0 to 1; accuracy is their mean by task (in a group, over the documents of all
-    its subtasks), then over tasks. Seeds the global generators. Raises ValueError, one sentence, as :func:`check_tasks` does.
+    ``limit``, the first documents of each subtask; ``max_gen_toks``, tokens of an answer, else the task's own number or 256; ``metric``,
+    ``"name,filter"``, else the first that is a mean over documents. An item is a document, its ``correct`` that metric, 0 to 1; accuracy is
+    their mean by task (in a group, over the documents of all its subtasks), then over tasks. Seeds the global generators. Raises ValueError,
+    one sentence, as :func:`check_tasks` does.
     """
     check("tokenizer.chat_template", tokenizer.chat_template, object, "a template, in which tasks are asked", bool)
     rows, means, found, lm = [], {}, check_tasks(tasks), {"pretrained": model, "tokenizer": tokenizer, "softmax_dtype": "float32",
                                                    "add_bos_token": False}  # as in training, where the template says all
     from lm_eval.evaluator import TaskManager, simple_evaluate
+    batch_size = batch_size or (8 if model.device.type == "cpu" else 32)
     plain = {"generation_config": GenerationConfig(eos_token_id=tokenizer.eos_token_id)}  # without a model's penalties
     with patch.multiple(model, **plain), patch.multiple(getattr(model, "get_base_model", lambda: model)(), **plain):
         for (name, parts), settings in zip(found.items(), tasks.values()):
             said = simple_evaluate(
                 model="hf", model_args=lm, batch_size=batch_size, tasks=[part for part, _ in parts.values()], bootstrap_iters=0,
-                limit=settings.get("limit"), apply_chat_template=True, task_manager=TaskManager(include_defaults=False),
+                limit=settings.get("limit"), gen_kwargs={k: v for k, v in settings.items() if k == "max_gen_toks"}, apply_chat_template=True,
+                task_manager=TaskManager(include_defaults=False),
                 **{f"{k}random_seed": seed for k in ("", "numpy_", "torch_", "fewshot_")})["samples"]
             own = [(f"{name}/{n}/{s['doc_id']}", "seen", name, float(s[m]), None, None) for n, (_, metric) in parts.items()
                    for s in said[n] for m in s["metrics"] if f"{m},{s['filter']}" == metric]

@@ -81,10 +81,13 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
     that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
     """
     results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
-    where = tuple(place.to(head.weight.device) for place in mask.nonzero(as_tuple=True))  # the last, of a model spread over several
+    places = mask.nonzero(as_tuple=True)
+
+    def where(x):  # a model may be spread over several devices
+        return tuple(place.to(x.device) for place in places)
 
     def forward(hidden):
-        results.append(compute(hidden[where] if norm is None else hidden[0]))
+        results.append(compute(hidden[where(hidden)] if norm is None else hidden[0]))
         # A wrapper looks from the output for the parameters in use; the model may scale or cap what it takes for logits.
         return results[0].sum() * hidden.new_ones(1, 1, 1)
 
@@ -92,8 +95,8 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
         stack.enter_context(patch.object(head, "forward", forward))
         if norm is not None:
             dense, last = feed_forward.forward, norm.forward
-            stack.enter_context(patch.object(feed_forward, "forward", lambda x: (y := dense(x[where])).new_zeros(x.shape).index_put_(where, y)))
-            stack.enter_context(patch.object(norm, "forward", lambda x: last(x[where])[None]))
+            stack.enter_context(patch.object(feed_forward, "forward", lambda x: (y := dense(x[where(x)])).new_zeros(x.shape).index_put_(where(y), y)))
+            stack.enter_context(patch.object(norm, "forward", lambda x: last(x[where(x)])[None]))
         (model if wrapped is None else wrapped)(**taken(inputs))
     return results[0]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import kdlib
-from kdlib import data, results, stages, store
+from kdlib import data, results, runner, stages, store
 from kdlib.presets import METRICS
 from kdlib.specs import all_of, data_of, path, teacher_of
 
@@ -64,6 +64,7 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
     below = {n: path(root, s) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
     made, commits = {n: store.content_hash(folder) for n, folder in below.items()}, {k: v for f in below.values() for k, v in stages.commits_of(f).items()}
     provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made, **({"commits": commits} if commits else {}),
+                  **({"launch": launch} if (launch := runner.launch_settings()) else {}),
                   "device": str(student.device), "dtype": str(student.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
                   "wall_s": round(time.perf_counter() - wall, 2), "train_s": round(trained - wall, 2),
                   "cpu_s": round(time.process_time() - cpu, 2), "tokens": sum(n for n, _ in lengths),

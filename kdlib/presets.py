@@ -53,7 +53,7 @@ class Preset(SimpleNamespace):
 
 def _over(table: dict, changes: dict) -> dict:
     both = {k: _over(table[k], v) if isinstance(table.get(k), dict) and isinstance(v, dict) else v for k, v in changes.items()}
-    return {**table, **both}
+    return {k: v for k, v in {**table, **both}.items() if v is not False or not isinstance(table.get(k), dict)}  # false takes a table away
 
 
 def _read(name: str, table: dict) -> Preset:

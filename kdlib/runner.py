@@ -58,18 +58,26 @@ def _do(task: Callable) -> None:
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
-    """Workers that a server of forks makes, which has imported all that they need; with an accelerator, whose state no fork may share, afresh."""
+    """Workers that a server of forks makes, which has imported all that they need; with an accelerator, whose state no fork may share, afresh.
+    Of several GPUs each of several workers sees one alone, and the only one all.
+    """
     import torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     afresh = torch.accelerator.is_available() or "forkserver" not in multiprocessing.get_all_start_methods()
     (context := multiprocessing.get_context("spawn" if afresh else "forkserver")).set_forkserver_preload(["kdlib.jobs", "kdlib.trainer", "transformers.models.llama.modeling_llama"])
-    return ProcessPoolExecutor(workers or (1 if torch.accelerator.is_available() else cores), context, _start_worker, (dict(os.environ),))
+    workers, gpus = workers or (1 if torch.accelerator.is_available() else cores), torch.cuda.device_count()
+    known, own = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus))), context.SimpleQueue()
+    for i in range(workers):
+        own.put(known.split(",")[i % gpus] if min(workers, gpus) > 1 and not launch_settings() else None)
+    return ProcessPoolExecutor(workers, context, _start_worker, (dict(os.environ), own))
 
 
-def _start_worker(environment: dict) -> None:
+def _start_worker(environment: dict, gpus) -> None:
     os.environ.update(environment)  # the server's may be older
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
+    if (own := gpus.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own
     end_with(multiprocessing.parent_process().pid)
     _quiet()
 
@@ -95,9 +103,13 @@ def _quiet() -> None:
 
 
 def launch_settings() -> dict:
-    """What the Accelerate configuration that KDLIB_LAUNCH names says, nothing if it names none. ValueError if it cannot be read."""
+    """What the Accelerate configuration that KDLIB_LAUNCH names says, nothing if it names none. ValueError if it cannot be read, or beside
+    RAY_ADDRESS.
+    """
     if not (name := os.environ.get("KDLIB_LAUNCH")):
         return {}
+    if cluster := os.environ.get("RAY_ADDRESS"):
+        raise ValueError(f"KDLIB_LAUNCH={name!r} and RAY_ADDRESS={cluster!r} do not go together, for a cluster's task has one GPU; allowed: one of them.")
     try:
         with open(name, encoding="utf-8") as file:
             return {**yaml.safe_load(file)}
@@ -133,7 +145,7 @@ class Ray(Executor):
         ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         devices = int(ray.cluster_resources().get("GPU", 0))
         task = ray.remote(num_cpus=1, num_gpus=min(devices, 1), max_retries=3)
-        known = {name: value for name, value in os.environ.items() if name.startswith(("KDLIB_", "HF_"))}  # which no worker of a running cluster has
+        known = {name: value for name, value in os.environ.items() if name.startswith(("KDLIB_", "HF_", "OPENAI_"))}  # which no worker of a running cluster has
         remote = task(lambda packed: os.environ.update(known) or _quiet() or pickle.loads(packed)())
         self.submit = lambda function: remote.remote(ray.cloudpickle.dumps(function)).future()
         self.shutdown = lambda **_: ray.shutdown()

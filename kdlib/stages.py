@@ -32,7 +32,10 @@ def open_model(root: Path, spec: dict, **how):
         return models.load(make(root, spec), **how)
     spread = {"device_map": "auto"} if not how and torch.accelerator.device_count() > 1 else {}  # a teacher may need all devices
     known = next(iter(commits_of(path(root, spec)).values()), None)  # when these results began; the revision may have moved since
-    return models.load(spec["hub"], known or spec["revision"], spec["data"]["tokenizer"]["template"], **spread, **how)
+    model, tokenizer = models.load(spec["hub"], known or spec["revision"], spec["data"]["tokenizer"]["template"], **spread, **how)
+    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+        raise ValueError(f"{spec['hub']!r} does not fit on the {torch.accelerator.device_count()} devices here; allowed: more of them, or a smaller model.")
+    return model, tokenizer
 
 
 def commits_of(folder: Path) -> dict[str, str]:
@@ -241,7 +244,7 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     if part := spec.get("only"):
         rows = rows.select(_pools([{**part, "set": spec["set"]}], [list(rows["skill"])], data_of(by))[0])
     if (server := os.environ.get("KDLIB_SERVER")) and "hub" in by:
-        said = kdlib.labels.label(folder / "said", rows.remove_columns(["input_ids", "labels"]), base_url=server, model=by["hub"], **how)
+        said = kdlib.labels.label(folder / "said", rows.remove_columns(["input_ids", "labels"]), base_url=server, model=by["hub"], concurrency=128, **how)
     else:
         said = kdlib.teachers.write_answers(folder / "said", *_speaking(open_model(root, by), known), rows, **how, finish_reason=spec.get("open", False))
     if known.verify:

@@ -42,6 +42,8 @@ class Live:
         """Freeze the teacher, move it to ``device`` and return the number of common tokens. Raises ValueError if it does not fit."""
         if self.model is student:
             raise ValueError("The teacher is the student itself; give a copy, which stays as it is.")
+        if len(places := set(getattr(self.model, "hf_device_map", {}).values())) > 1:
+            raise ValueError(f"The teacher lies on {len(places)} devices; allowed: one on the student's, or a cache that write_cache makes of this one.")
         self.model.requires_grad_(False).eval().to(device)
         self.linear = inference.linear_head(self.model)
         widths = [m.get_output_embeddings().weight.shape[0] for m in (student, self.model)]

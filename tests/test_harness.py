@@ -46,10 +46,10 @@ def asked(bpe, row) -> str:
 
 
 @torch.no_grad()
-def greedy(model, bpe, row) -> str:
+def greedy(model, bpe, row, most=6) -> str:
     """Six tokens one after the other, without cache or padding."""
     ids = start = bpe.encode(asked(bpe, row))
-    while len(ids) < len(start) + 6 and ids[-1] != bpe.eos_token_id:
+    while len(ids) < len(start) + most and ids[-1] != bpe.eos_token_id:
         ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
     return bpe.decode(ids[len(start):], skip_special_tokens=True)
 
@@ -100,6 +100,8 @@ def test_answers_are_greedy_and_free_of_the_models_habits(given, own, monkeypatc
     monkeypatch.setattr(model.config, "eos_token_id", 7)
     assert harness(model, bpe, {own("said"): {}}, batch_size=5)[1]["correct"] == expected and 0 < sum(expected) < 21
     assert model.generation_config is habits
+    fewer = [float(greedy(model, bpe, row, 2) == (greedy(model, bpe, row) if i % 2 else "seven")) for i, row in enumerate(ROWS)]
+    assert harness(model, bpe, {own("said"): {"max_gen_toks": 2}})[1]["correct"] == fewer != expected
 
 
 def test_a_group_pools_its_documents_as_the_harness_does(given, own):
@@ -145,7 +147,8 @@ def test_what_would_fail_after_training_fails_before_in_one_sentence(given, own,
         ("tasks={} is not", {}), (r"'gsm9k'\] cannot .* a name that `lm_eval ls tasks` shows, or a sound .yaml", {"gsm9k": {}}),
         (r"torn.yaml'\] cannot .*ParserError.*sound .yaml", {bad["torn"]: {}}), ("lost.jsonl.*; connect, or", {bad["lost"]: {}}),
         (r"'absent'.*; pip install 'kdlib\[eval\]'", {bad["lone"]: {}}), (r"limit'\]=0 .*: a whole number", {good: {"limit": 0}}),
-        ("={'shots': 2} .*: num_fewshot, limit, metric", {good: {"shots": 2}}), ("Sample larger", {good: {"num_fewshot": 21}}),
+        (r"max_gen_toks'\]=0 .*: a whole number from 1", {good: {"max_gen_toks": 0}}),
+        ("={'shots': 2} .*: num_fewshot, limit, max_gen_toks, metric", {good: {"shots": 2}}), ("Sample larger", {good: {"num_fewshot": 21}}),
         ("='f1' .*: acc,none, acc_norm,none", {good: {"metric": "f1"}}), ("twin.yaml' .* no other", {bad["twin"]: {}}),
         ("=3 .*: 0, as said says", {own("said"): {"num_fewshot": 3}}), ("='choice' .* no other", {good: {}, "choice": {}})]
     for message, tasks in cases:

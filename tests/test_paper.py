@@ -17,6 +17,24 @@ from kdlib import data, evaluate, jobs, models, results, specs, stages, stats, s
 
 CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
 
+# Accelerate shards on accelerators alone; and a file says what became of the parameters.
+SHARDING = """
+import os, torch
+from accelerate import Accelerator, state
+begin, prepare = state.AcceleratorState.__init__, Accelerator.prepare
+def init(self, *args, **more):
+    if state.PartialState(cpu=True).distributed_type == state.DistributedType.MULTI_CPU and "ACCELERATE_USE_FSDP" in os.environ:
+        state.PartialState._shared_state["distributed_type"] = state.DistributedType.MULTI_GPU
+    begin(self, *args, **more)
+def prepared(self, *args, **more):
+    found = prepare(self, *args, **more)
+    for model in (m for m in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(m, torch.nn.Module)):
+        with open(os.environ["KDLIB_TOLD"] + os.environ["RANK"], "w") as file:
+            file.write(" ".join(sorted({f"{type(p).__name__}-{p.numel() // getattr(p, 'to_local', lambda p=p: p)().numel()}" for p in model.parameters()})))
+    return found
+state.AcceleratorState.__init__, Accelerator.prepare = init, prepared
+"""
+
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
@@ -97,13 +115,19 @@ def test_two_processes_train_as_one_does(alone, tmp_path, monkeypatch, configura
     here = yaml.safe_load((CONFIGURATIONS / f"{configuration}.yaml").read_text()) | {"num_processes": 2, "use_cpu": True}
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(here))
     monkeypatch.setenv("KDLIB_LAUNCH", str(tmp_path / "here.yaml"))
+    (tmp_path / "sitecustomize.py").write_text(SHARDING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("KDLIB_TOLD", str(tmp_path / "parameters-"))
     jobs.execute(root, labels, own, "accuracy")
+    kinds = {"fsdp": "DTensor-2", "processors": "Parameter-1"}
+    assert [p.read_text() for p in sorted(tmp_path.glob("parameters-*"))] == [kinds[configuration]] * 2, "halves of what is sharded, on both"
     together = results.read_record(results.record_path(root, "paper", results.run_id(own)))
     one, two = record["metrics"], together["metrics"]
     moved = abs(one["nll"] - one["untuned_nll"])  # little: the teacher is a fresh model, almost uniform
     assert moved > 1e-3 and abs(two["nll"] - one["nll"]) < 0.02 * moved
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
     assert record["provenance"]["tokens"] == together["provenance"]["tokens"]
+    assert "launch" not in record["provenance"] and together["provenance"]["launch"] == here
     if configuration == "processors":
         with pytest.raises(RuntimeError, match="batch_size=33 does not split over 2 processes"):  # so there are two
             jobs.execute(root, labels, own | {"phases": [own["phases"][0] | {"batch_size": 33}]}, "accuracy")

@@ -34,6 +34,12 @@ def test_a_preset_of_ones_own_is_like_another_but_for_what_it_says(tmp_path):
     assert {k for k in paper if mine[k] != paper[k]} == {"name", "seeds", "bases", "learning_rate"}
 
 
+def test_false_takes_a_table_away_and_else_is_a_value():
+    known = {"teachers": {"base": {"hub": "a"}, "large": {"hub": "b"}}, "training": {"bf16": True}}
+    changes = {"teachers": {"large": False}, "training": {"bf16": False}}
+    assert presets._over(known, changes) == {"teachers": {"base": {"hub": "a"}}, "training": {"bf16": False}}
+
+
 @pytest.mark.parametrize("said, message", [
     ('[lab]\nlike = "paper"', "Preset 'lab' of KDLIB_PRESETS='.*' is one of kdlib; allowed: a table under a new name"),
     ("mine = 3", "Preset 'mine' of .* is no table; allowed: a table under a new name"),

@@ -55,6 +55,27 @@ def test_workers_have_the_environment_of_now(tmp_path, monkeypatch):
         assert (tmp_path / "said").read_text() == (value or "nothing")
 
 
+def _tell_gpus(folder: str, name: str) -> None:
+    time.sleep(0.3)
+    (Path(folder) / name).write_text(f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']}")
+
+
+@pytest.mark.parametrize("workers, launch, seen", [(3, "", ["3", "3", "5"]), (1, "", ["3,5"]), (2, "processors.yaml", ["3,5", "3,5"])])
+def test_of_several_gpus_each_of_several_workers_sees_its_own(tmp_path, monkeypatch, workers, launch, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("KDLIB_LAUNCH", launch and str(results.REPOSITORY / "kdlib" / "accelerate" / launch))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    runner.compute({partial(_tell_gpus, str(tmp_path), f"x{i}"): 1.0 for i in range(9)}, workers=workers)
+    assert sorted(gpus for _, gpus in {tuple(p.read_text().split()) for p in tmp_path.iterdir()}) == seen
+
+
+def test_a_launch_and_a_cluster_do_not_go_together(monkeypatch):
+    monkeypatch.setenv("KDLIB_LAUNCH", "any.yaml")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(ValueError, match="KDLIB_LAUNCH='any.yaml' and RAY_ADDRESS='auto' do not go together, .*; allowed: one of them"):
+        runner.launch_settings()
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_worker_gives_an_accelerators_memory_back_after_a_task(monkeypatch, there):
     done = []

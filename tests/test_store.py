@@ -112,6 +112,16 @@ def test_a_damaged_artefact_is_refused_and_kept(tmp_path, damage):
     assert path.is_dir()
 
 
+def test_of_processes_that_train_together_one_reads_what_all_have(tmp_path, monkeypatch):
+    path = store.artefact(tmp_path, "thing", {"a": 1}, _slow_build)
+    (path / "who").write_text("me")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert store.check_files(path) == path
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="is damaged: who does not have its hash"):
+        store.check_files(path)
+
+
 def test_the_content_hash_follows_the_content(tmp_path):
     one = store.artefact(tmp_path, "x", {"a": 1}, lambda f: (f / "v").write_text("1"))
     same = store.artefact(tmp_path, "x", {"a": 2}, lambda f: (f / "v").write_text("1"))

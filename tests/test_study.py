@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from datasets import load_from_disk
@@ -165,6 +166,22 @@ def test_the_words_of_a_domains_teacher_are_learned_and_what_is_forgotten_is_rec
         assert r["domain"] == "clinic" and {"general_accuracy", "general_nll", "untuned_nll"} <= set(r["metrics"])
         assert set(r["items"]["skill"]) == {"remedy", "visit", "plan"}
         assert ("label_accuracy" in r["metrics"]) == (r["method"] != "human_sft") == (r["pool"] is not None)
+
+
+def test_a_preset_without_its_largest_teacher_compares_the_others(tmp_path, monkeypatch):
+    with_it = study.plan("teacher_strength", {"preset": "paper", "results_dir": str(tmp_path)})
+    teachers = {n: t for n, t in PRESETS["paper"].teachers.items() if n != "large"}
+    monkeypatch.setitem(PRESETS, "paper", changed(PRESETS["paper"], teachers=teachers))
+    without = study.plan("teacher_strength", {"preset": "paper", "results_dir": str(tmp_path)})
+    assert {r["teacher"] for r, _ in with_it.runs} - {r["teacher"] for r, _ in without.runs} == {"large"}
+    assert set(without.ids) < set(with_it.ids) and without.standard
+
+
+def test_a_teacher_that_fits_no_device_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages.models, "load", lambda *_, **__: (SimpleNamespace(hf_device_map={"model": 0, "lm_head": "disk"}), None))
+    spec = {**PRESETS["paper"].teachers["large"], "data": study.data_spec(PRESETS["paper"], 0)}
+    with pytest.raises(ValueError, match="'allenai/Llama-3.1-Tulu-3-70B' does not fit on the . devices here; allowed: more of them"):
+        stages.open_model(tmp_path, spec)
 
 
 def test_teachers_are_made_from_what_they_say_they_are():
