@@ -23,7 +23,7 @@ def replies(model, tokenizer, asked: list[list], max_new_tokens: int, temperatur
 def prompt(row: dict) -> list:
     """What a row asks before its last answer: in token ids, as shortened in training, if it is rendered; else the conversation."""
     if "input_ids" not in row:
-        return row["messages"][:-1]
+        return row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
     return row["input_ids"][:next(start for start, _ in reversed(stretches(row["labels"])) if row["labels"][start] != IGNORE)]
 
 

@@ -1,7 +1,9 @@
 """One run, from its configuration to its record, and in which order many of them and their artefacts are made."""
 
 import json
+import os
 import resource
+import shutil
 import sys
 import time
 from functools import lru_cache, partial
@@ -21,7 +23,7 @@ def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | No
     """Do one run, or nothing if its record, and the model if it is to ``keep`` somewhere, is there. Safe beside others doing the same."""
     identifier = results.run_id(config)
     with store.lock(root, identifier):
-        if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not keep.is_dir()):
+        if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not any(keep.glob("*.safetensors"))):
             results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config, METRICS[metric], keep)})
 
 
@@ -40,8 +42,12 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
     for phase in config["phases"]:
         rows, loss = stages.tune(root, student, tokenizer, phase, spec)
         seen.append(rows)
-    for part in (student, known.tokenizer) if keep else ():
-        part.save_pretrained(keep)
+    if keep:  # whole or not at all
+        work = keep.with_name(f".{keep.name}.unfinished")
+        for part in (student, known.tokenizer):
+            part.save_pretrained(work)
+        shutil.rmtree(keep, ignore_errors=True)
+        os.replace(work, keep)
     teacher = _scores_of(root, json.dumps(tuned), split) if tuned else None
     trained, clean = time.perf_counter(), known.rows(split, "clean")
     metrics, items = stages.score(student, known, split, teacher=teacher, clean=clean and clean.select_columns(["input_ids", "labels"]).to_list())

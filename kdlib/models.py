@@ -112,10 +112,10 @@ def _reach(make, name: str | Path, revision: str | None, trust: tuple, **how):
         return make.from_pretrained(_local(name), revision=revision or "main", trust_remote_code=_trusted(name, trust), **how)
     except torch.OutOfMemoryError:  # no fault of the files
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        said, here = str(error).strip(), Path(_local(name)).is_dir()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        said, here = " ".join(str(error).split()), Path(_local(name)).is_dir()
         remedy = next((say for marks, say in REMEDIES if any(m in said.replace(str(name), "") for m in marks)), REMEDIES[-2 if here else -1][1]).format(name=name)
-        what, why = f"{name!r}{f' at {revision!r}' if revision else ''}", (said or "no reason given").splitlines()[0][:160]
+        what, why = f"{name!r}{f' at {revision!r}' if revision and not here else ''}", (said or "no reason given")[:160]
         raise ValueError(f"{what} cannot be loaded ({type(error).__name__}: {why}): {remedy}") from error
 
 
@@ -134,9 +134,20 @@ def load_tokenizer(name: str | Path, revision: str | None = None, template: str 
     return tokenizer
 
 
+def configuration(name: str | Path, revision: str | None = None, trust: tuple = ()):
+    """The configuration of a model's text part. ValueError if it is no causal LM, or adapters to one."""
+    if (folder := Path(_local(name))).is_dir() and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{name!r} holds adapters to a model; allowed: a whole model, as peft's merge_and_unload makes it.")
+    config = _reach(transformers.AutoConfig, name, revision, trust)
+    kinds = [kind for kind in config.architectures or () if not _trusted(name, trust) and not kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
+    if kinds or config.is_encoder_decoder:
+        raise ValueError(f"{name!r} is a {(kinds or config.architectures or [config.model_type])[0]}; allowed: models that predict the next token (causal LMs).")
+    return config.get_text_config()
+
+
 def width(name: str | Path, revision: str | None = None) -> int:
     """The number of rows of a model's LM head, by its configuration."""
-    return _reach(transformers.AutoConfig, name, revision, ()).get_text_config().vocab_size
+    return configuration(name, revision).vocab_size
 
 
 def load(name: str | Path, revision: str | None = None, template: str | None = None, trust: tuple = (), device=device, **how):
@@ -144,7 +155,9 @@ def load(name: str | Path, revision: str | None = None, template: str | None = N
     accelerator if there is one; ``how`` as in ``from_pretrained``. Safetensors only, and no code of the model's own, but for names in
     ``trust`` or, with commas between, in KDLIB_TRUST. ValueError, with the remedy, if it cannot be had.
     """
-    tokenizer = load_tokenizer(name, revision, template, trust)
-    model = _reach(transformers.AutoModelForCausalLM, name, revision, trust, use_safetensors=None if _trusted(name, trust) else True, **how)
+    tokenizer, _ = load_tokenizer(name, revision, template, trust), configuration(name, revision, trust)
+    model, found = _reach(transformers.AutoModelForCausalLM, name, revision, trust, use_safetensors=None if _trusted(name, trust) else True, output_loading_info=True, **how)
+    if lacking := sorted(found["missing_keys"]):
+        raise ValueError(f"{name!r} lacks {len(lacking)} of its weights, {lacking[0]} among them, which would be drawn at random; copy it again, or give a causal LM.")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return (model if "device_map" in how else model.to(device() if callable(device) else device)).eval(), tokenizer

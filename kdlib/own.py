@@ -3,21 +3,20 @@
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from transformers import TrainingArguments
-
-from kdlib import jobs, models, results, runner, stages, stats, store, study, teachers
+from kdlib import jobs, models, results, runner, stages, stats, store, study, teachers, text, trainer
 from kdlib.losses import Objective
 from kdlib.presets import METRICS, Preset, check
 
+HUB_ID = re.compile(r"(?!.*\.(jsonl?|gz|parquet)$)[\w.-]+(/[\w.-]+)?")  # what looks like one
 CARD = """---
-base_model: {student}
+base_model: {base}
 library_name: transformers
 pipeline_tag: text-generation{listed}
 tags: [knowledge-distillation, kdlib]
@@ -33,13 +32,38 @@ Settings: {settings}
 """
 
 
+def source_of(dataset: str | Path | dict, revision: str | None = None, split: str = "train") -> dict:
+    """The source (:mod:`kdlib.text`) that ``dataset`` names: a file or folder, a name under KDLIB_DATA or on the hub. ValueError if it is none."""
+    if isinstance(dataset, dict):
+        text.check_source(dataset)
+        here = Path(dataset.get("local", "")).expanduser()
+        return dataset | {"local": str(here.resolve())} if dataset.get("local") and here.exists() else dataset
+    name = str(check("dataset", dataset, (str, Path), "a hub id, a .jsonl or .parquet file, a folder of them, or a source", lambda v: str(v).strip()))
+    here, mirror = Path(name).expanduser(), os.environ.get("KDLIB_DATA")
+    saved = any((here / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    check("split", split, str, "train, of a file or folder of rows", lambda v: v == "train" or saved or not here.exists())
+    if here.exists():
+        return {"local": str(here.resolve())} | ({"split": split} if split != "train" else {})
+    if not (mirrored := mirror and (Path(mirror) / name).exists()) and not HUB_ID.fullmatch(name):
+        raise ValueError(f"dataset={name!r} is not there; allowed: a file or folder that is, or a hub id.")
+    return {"hub": name, "revision": revision, "split": split} | ({"local": name} if mirrored else {})
+
+
+def _model(name: str, value) -> str:
+    """The folder or hub id of a model. ValueError if it can be neither."""
+    said = str(check(name, value, (str, Path), "a folder or hub id", lambda v: str(v).strip()))
+    if (here := Path(said).expanduser()).is_dir():
+        return str(here)
+    return check(name, said, str, "a folder that is there, or a hub id", lambda v: HUB_ID.fullmatch(v))
+
+
 def _stamp(name: str) -> str | None:
     """What stands for the revision of a model in a folder: its files."""
     files = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")) if Path(name).is_dir() else []
     return store.digest([[p.name, store.file_hash(p)] for p in files]) if files else None
 
 
-def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | Path, *, student_revision: str | None = None,
+def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict, output_dir: str | Path, *, student_revision: str | None = None,
             teacher_revision: str | None = None, revision: str | None = None, split: str = "train", template: str | None = None,
             max_length: int = 1024, epochs: float = 1, batch_size: int = 16, learning_rate: float | dict = 1e-5, seeds: Sequence[int] = (0, 1, 2),
             validation_rows: int = 50, test_rows: int = 200, cache: dict | None = None, training: dict | None = None, alpha: float = 1.0,
@@ -54,38 +78,45 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
     ``output_dir`` is kept, so a call that was stopped goes on. Returns ``model`` (its folder), ``frame`` (one row a run), ``gap`` (an
     :class:`~kdlib.stats.Interval` of SFT − KD in bits per byte) and ``records``. ValueError, before any training, on what does not fit.
     """
-    root, metric = store.open_folder(output_dir), METRICS["bits_per_byte"]
-    seeds = check("seeds", list(seeds) if isinstance(seeds, Sequence) else seeds, list, "at least two different whole numbers from 0",
-                  lambda v: all(type(s) is int and s >= 0 for s in v) and len(set(v)) == len(v) >= 2)
-    check("epochs", epochs, float, "a number above 0", lambda v: v > 0)
+    source, metric = source_of(dataset, revision, split), METRICS["bits_per_byte"]
+    if "local" in source and Path(source["local"]).is_dir() and Path(output_dir).expanduser().resolve().is_relative_to(source["local"]):
+        raise ValueError(f"output_dir={str(output_dir)!r} lies in the dataset's folder, of which it would become a part; allowed: another.")
+    student, teacher = (_model(name, value) for name, value in (("student", student), ("teacher", teacher)))
+    seeds = check("seeds", list(seeds) if isinstance(seeds, Sequence) else seeds, list, "at least two different whole numbers from 0 to 2**32 - 1",
+                  lambda v: all(type(s) is int and 0 <= s < 2**32 for s in v) and len(set(v)) == len(v) >= 2)
+    check("epochs", epochs, float, "a number above 0", lambda v: 0 < v < math.inf)
     for name, value, low in (("batch_size", batch_size, 1), ("max_length", max_length, 16), ("validation_rows", validation_rows, 1),
                              ("test_rows", test_rows, 1), ("workers", workers, 0)):
         check(name, value, int, f"a whole number from {low}", lambda v: v >= low)
     rates = learning_rate if isinstance(learning_rate, dict) else {"sft": learning_rate, "kd": learning_rate}
-    if missing := {"sft", "kd"} - rates.keys():
-        raise ValueError(f"learning_rate={learning_rate!r} lacks {' and '.join(sorted(missing))}; allowed: a number, or one for sft and one for kd.")
-    for method in ("sft", "kd"):
-        check("learning_rate", rates[method], float, "a number above 0", lambda v: v > 0)
-    known = {"warmup", "micro_batch", "lora", *(f.name for f in fields(TrainingArguments))}
-    check("training", training or {}, dict, "settings of kdlib.trainer.train or TrainingArguments", lambda v: v.keys() <= known)
-    objective, cache = vars(Objective(alpha=alpha, kind=kind, temperature=temperature)), cache or {"form": "top_k", "k": 64, "dtype": "float16"}
+    check("learning_rate", learning_rate, object, "a number, or one for sft and one for kd", lambda _: rates.keys() == {"sft", "kd"})
+    for rate in rates.values():
+        check("learning_rate", rate, float, "a number above 0", lambda v: 0 < v < math.inf)
+    trainer.check_training(batch_size, **check("training", training or {}, dict, "settings of kdlib.trainer.train or TrainingArguments"))
+    objective = vars(Objective(alpha=alpha, kind=kind, temperature=temperature))
+    cache = {"form": "top_k", **check("cache", cache, dict, "settings as in presets.toml")} if cache else {"form": "top_k", "k": 64, "dtype": "float16"}
+    root = store.open_folder(output_dir, "output_dir")
     pair = [(name, _stamp(name) or at) for name, at in ((student, student_revision), (teacher, teacher_revision))]
     tokens = models.common_vocabulary(*(models.load_tokenizer(*at, template) for at in pair), *(models.width(*at) for at in pair))
-    teachers.check_cache(tokens, kind, **check("cache", cache, dict, "settings as in presets.toml"))
-    here, mirror = Path(str(dataset)).expanduser(), os.environ.get("KDLIB_DATA")
-    source = {"local": str(here.resolve())} if here.exists() else {"hub": dataset, "revision": revision, "split": split}
-    if "hub" in source and mirror and not isinstance(dataset, dict) and (Path(mirror) / dataset).exists():
-        source["local"] = dataset
-    source = dataset if isinstance(dataset, dict) else source
+    teachers.check_cache(tokens, kind, **cache)
+    models.load(*pair[0], template, device="cpu")  # the teacher's come first, and may take hours
     preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
                     train_rows=10**9, max_length=max_length, prompt_length=max_length // 2, max_new_tokens=min(128, max_length // 2), vocab_size=0,
                     batch_size=batch_size, seeds=seeds,
                     bases={"student": dict(zip(("hub", "revision"), pair[0]))}, teachers={"base": dict(zip(("hub", "revision"), pair[1]))},
                     tokenizer={**dict(zip(("name", "revision"), pair[0])), "template": template}, domain={}, worlds=[0], metric=metric.name,
                     learning_rate={m: {1: rates[m]} for m in ("sft", "kd")}, training=training or {}, cache=cache)
-    report = json.loads((stages.make(root, study.data_spec(preset, 0)) / "report.json").read_text(encoding="utf-8"))["train"]
-    preset.budgets = [rows := report["rows"] - report["rows_dropped"]]
-    print(f"{rows:,} rows to train on, {report['prompts_shortened']:,} with a shortened prompt; {report['rows_dropped']:,} longer than {max_length} tokens left out.")
+    reports = json.loads((stages.make(root, study.data_spec(preset, 0)) / "report.json").read_text(encoding="utf-8"))
+    left = {name: reports[name]["rows"] - reports[name]["rows_dropped"] for name in ("train", "validation", "test")}
+    if empty := [name for name, n in left.items() if not n]:
+        raise ValueError(f"max_length={max_length} leaves no row of {' and '.join(empty)}, for all are longer; allowed: more.")
+    longest = max(reports[name]["tokens_most"] for name in left)
+    for name, at in (("student", pair[0]), ("teacher", pair[1])):
+        if (most := getattr(models.configuration(*at), "max_position_embeddings", None) or longest) < longest:
+            raise ValueError(f"{name}={at[0]!r} reads {most} tokens, and some rows have {longest}; allowed: max_length up to {most}.")
+    preset.budgets, report = [rows := left["train"]], reports["train"]
+    print(f"{rows:,} rows to train on, {report['prompts_shortened']:,} with a shortened prompt; {report['rows_dropped']:,} longer than {max_length} tokens left out. "
+          f"Held out: {left['test']:,}, with {reports['test']['rows_dropped']:,} too long.")
     preset.steps = math.ceil(epochs * rows / batch_size)
     runs = study.grid(preset, "data_budget", 0, kd={k: objective[k] for k in ("alpha", "kind", "temperature")})
     todo, needs = jobs.tasks(runs, root, metric.name)
@@ -100,8 +131,8 @@ def distill(student: str, teacher: str, dataset: str | dict, output_dir: str | P
     rates = {method: preset.rate(rate, rows) for method, rate in preset.learning_rate.items()}
     settings = {"steps": preset.steps, "batch_size": batch_size, "learning_rate": rates, "max_length": max_length, **preset.training}
     at = source.get("local") or source["hub"]
-    listed = f"\ndatasets: [{source['hub']}]" if "hub" in source else ""
-    card = CARD.format(student=student, teacher=teacher, dataset=at, listed=listed, rows=rows, alpha=alpha, kind=kind.replace("_", " "), label=metric.label,
+    listed = f"\ndatasets: [{json.dumps(source['hub'])}]" if "hub" in source else ""
+    card = CARD.format(base=json.dumps(student), student=student, teacher=teacher, dataset=at, listed=listed, rows=rows, alpha=alpha, kind=kind.replace("_", " "), label=metric.label,
                        temperature=temperature, n=gap.n, kd=means.kd, sft=means.sft, untuned=frame[f"untuned_{metric.name}"].iloc[0], low=gap.low,
                        gap=gap.estimate, high=gap.high, seed=seeds[0], version=version("kdlib"), settings=json.dumps(settings))
     store.write_atomic(folder / "README.md", card)

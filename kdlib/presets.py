@@ -46,7 +46,9 @@ class Preset(SimpleNamespace):
 
     @staticmethod
     def rate(choices: dict[int, float], budget: int) -> float:
-        """The rate at ``budget`` by the sweep's ``choices``: log-log linear between, constant beyond, to three digits."""
+        """The rate at ``budget`` by the sweep's ``choices``: log-log linear between, to three digits, constant beyond."""
+        if len(choices) == 1:
+            return float(*choices.values())
         budgets, rates = np.log(sorted(choices.items())).T
         return float(f"{np.exp(np.interp(np.log(budget), budgets, rates)):.3g}")
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from functools import partial
+from unittest.mock import patch  # an attribute for a while, and then what was there
 
 import psutil
 import yaml
@@ -32,9 +33,10 @@ def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable
         bar.set_description_str(f"0 of {len(tasks)} tasks", refresh=False)
         try:
             while waiting or futures:
-                for task in [task for task, lacking in waiting.items() if not lacking]:
-                    del waiting[task]
-                    futures[pool.submit(partial(_do, task))] = task
+                with patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None):  # or workers would run a caller's script again
+                    for task in [task for task, lacking in waiting.items() if not lacking]:
+                        del waiting[task]
+                        futures[pool.submit(partial(_do, task))] = task
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     future.result()
                     done = futures.pop(future)

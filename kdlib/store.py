@@ -51,8 +51,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def open_folder(path: str | Path) -> Path:
-    """``path`` as a results folder: made if new, taken if it has our marker; ValueError if unwritable or somebody else's."""
+def open_folder(path: str | Path, name: str = "results_dir") -> Path:
+    """``path`` as a results folder: made if new, taken if it has our marker; ValueError, by ``name``, if unwritable or somebody else's."""
     try:
         path = Path(path).expanduser().resolve()
         marker = path / MARKER
@@ -60,13 +60,13 @@ def open_folder(path: str | Path) -> Path:
         if not marker.is_file():
             strangers = [p for p in path.iterdir() if p.name != ".gitignore" and not p.name.startswith(f".{MARKER}.")]
             if strangers and not marker.is_file():  # another runner may have made it just now
-                raise ValueError(f"results_dir={str(path)!r} holds files of something else (no {MARKER}); give an empty or new folder.")
+                raise ValueError(f"{name}={str(path)!r} holds files of something else (no {MARKER}); give an empty or new folder.")
             write_atomic(marker, json.dumps(FORMAT) + "\n")
         tempfile.TemporaryFile(dir=path).close()
     except (OSError, RuntimeError) as error:  # the second where a ~user has no home
-        raise ValueError(f"results_dir={str(path)!r} cannot be written ({getattr(error, 'strerror', error)}); give a folder that can.") from error
+        raise ValueError(f"{name}={str(path)!r} cannot be written ({getattr(error, 'strerror', error)}); give a folder that can.") from error
     if (found := marker.read_text(encoding="utf-8").strip()) != json.dumps(FORMAT):
-        raise ValueError(f"results_dir={str(path)!r} has a {MARKER} of another version ({found!r}); allowed: {FORMAT!r}.")
+        raise ValueError(f"{name}={str(path)!r} has a {MARKER} of another version ({found!r}); allowed: {FORMAT!r}.")
     return path
 
 

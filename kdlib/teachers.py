@@ -126,13 +126,17 @@ def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_ne
     as training does, others whole. Fine-tuning on them is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). ``folder`` is
     written as a cache's.
     """
+    for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("shard_rows", shard_rows, 1), ("seed", seed, 0)):
+        check(name, value, int, f"a whole number from {low}", lambda v: v >= low)
+    check("temperature", temperature, float, "a number from 0", lambda v: v >= 0)
+    check("rows", rows, Dataset, "one or more, with id and messages", lambda v: len(v) and {"id", "messages"} <= {*v.column_names})
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in rows]),
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows, **({"finish_reason": True} if finish_reason else {})}
 
     def build(work: Path, rows: list[dict], number: int) -> None:
         torch.manual_seed(seed * 1_000_003 + number)
         said, why = replies(model, tokenizer, [prompt(r) for r in rows], max_new_tokens, temperature)
-        own = [{"messages": [*r["messages"][:-1], {"role": "assistant", "content": text}], **({"finish_reason": end} if finish_reason else {})}
+        own = [{"messages": [*prompt({"messages": r["messages"]}), {"role": "assistant", "content": text}], **({"finish_reason": end} if finish_reason else {})}
                for r, text, end in zip(rows, said, why)]
         kept = [{k: v for k, v in r.items() if k not in ("input_ids", "labels")} for r in rows]
         Dataset.from_list([{**r, **more} for r, more in zip(kept, own)]).save_to_disk(work)
@@ -152,6 +156,8 @@ def _shards(rows: Sequence[dict], size: int, build: Callable) -> dict[str, Calla
 def _write(folder: Path, spec: dict, parts: dict[str, Callable[[Path], None]]) -> Path:
     """Fill ``folder``, which is of ``spec`` or new, with those ``parts`` that are not whole in it yet."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "spec.json").exists() and [p for p in folder.iterdir() if p.name != ".cache" and not p.name.startswith(".spec.json.")]:
+        raise ValueError(f"folder={str(folder)!r} holds files of something else; give an empty or new folder.")
     with store.lock(folder, "write"):
         if not (folder / "spec.json").exists():
             store.write_atomic(folder / "spec.json", json.dumps(spec, indent=1))

@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from kdlib.data import IGNORE, Collator, stretches
 from kdlib.losses import Head, Objective, distillation_loss, linear_distillation_loss
 from kdlib.presets import check
 from kdlib.teachers import Live
+
+FIXED = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "gradient_accumulation_steps", "seed", "train_sampling_strategy",
+         "remove_unused_columns", "save_strategy")  # of TrainingArguments, which train sets
 
 
 class DistillationTrainer(Trainer):
@@ -134,6 +137,23 @@ def peft():
         raise ValueError("lora needs the package peft; pip install 'kdlib[lora]', or train all weights.") from error
 
 
+def check_training(batch_size: int, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None, **arguments) -> tuple:
+    """Processes, parts of a batch on each, and the adapters' configuration, of settings as :func:`train` takes them. ValueError if it would not."""
+    ranks, known = int(os.environ.get("WORLD_SIZE", 1)), {f.name for f in fields(TrainingArguments)} - {*FIXED}
+    if odd := sorted(arguments.keys() - known):
+        raise ValueError(f"training has {', '.join(odd)}, which {'the call itself sets' if {*odd} <= {*FIXED} else 'nobody knows'}; allowed: warmup, micro_batch, lora, "
+                         "or what else TrainingArguments takes.")
+    check("warmup", warmup, float, "a share of the steps, from 0 to 1", lambda v: 0 <= v <= 1)
+    check("micro_batch", micro_batch or batch_size, int, "a whole number from 1", lambda v: v >= 1)
+    parts = math.ceil(batch_size / ranks / (micro_batch or batch_size))
+    if batch_size % (ranks * parts):
+        raise ValueError(f"batch_size={batch_size} does not split over {ranks} processes into {parts} equal parts; allowed: a multiple of both.")
+    try:
+        return ranks, parts, None if lora is None else peft().LoraConfig(task_type="CAUSAL_LM", **lora)
+    except TypeError as error:
+        raise ValueError(f"lora={lora!r} is not allowed ({error}); allowed: settings of peft.LoraConfig.") from error
+
+
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
           teacher=None, objective: Objective | None = None, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None,
           save_to: str | Path | None = None, **arguments) -> dict:
@@ -142,20 +162,15 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
     the steps, then linear decay to zero. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
     which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    parts = math.ceil(batch_size / ranks / (micro_batch or batch_size))
-    if batch_size % (ranks * parts):
-        raise ValueError(f"batch_size={batch_size} does not split over {ranks} processes into {parts} equal parts; allowed: a multiple of both.")
+    ranks, parts, adapters = check_training(batch_size, warmup, micro_batch, lora, **arguments)
     whole = model
-    if lora is not None:
+    if adapters is not None:
         set_seed(seed)  # adapters are drawn here
-        model = peft().get_peft_model(model, peft().LoraConfig(task_type="CAUSAL_LM", **lora))
-    args = TrainingArguments(
-        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_size // ranks // parts, learning_rate=learning_rate,
-        gradient_accumulation_steps=parts, seed=seed,
-        lr_scheduler_type="linear", warmup_steps=round(warmup * steps), weight_decay=0.0, train_sampling_strategy="sequential",
-        remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available(), report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, **{"use_cpu": not torch.accelerator.is_available(), **arguments})
+        model = peft().get_peft_model(model, adapters)
+    usual = {"lr_scheduler_type": "linear", "warmup_steps": round(warmup * steps), "weight_decay": 0.0, "dataloader_pin_memory": torch.accelerator.is_available(),
+             "report_to": [], "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
+    args = TrainingArguments(**dict(zip(FIXED, (str(output_dir), steps, batch_size // ranks // parts, learning_rate, parts, seed, "sequential", False, "no"))),
+                             **{**usual, **arguments})
     if args.n_gpu > 1:  # one device a process: KDLIB_LAUNCH starts more processes
         args._n_gpu = 1
     trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id, pack=True),

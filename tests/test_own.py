@@ -1,7 +1,16 @@
 """Your own models and data in one call."""
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import hub
 import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdlib
@@ -19,8 +28,8 @@ def shelf(tmp_path_factory):
 def call(shelf, output_dir, student="meta-llama/Llama-3.2-1B", **more):
     models = shelf / "models"
     settings = {"template": "tulu", "max_length": 128, "batch_size": 16, "learning_rate": {"sft": 1e-3, "kd": 2e-3}, "seeds": [0, 1], "test_rows": 20}
-    return kdlib.distill(str(models / student), str(models / "allenai/Llama-3.1-Tulu-3-8B-SFT"), str(shelf / "data" / "tulu-3-sft-mixture"),
-                         output_dir, **{**settings, **more})
+    given = {"dataset": shelf / "data" / "tulu-3-sft-mixture", "teacher": models / "allenai/Llama-3.1-Tulu-3-8B-SFT", **settings, **more}
+    return kdlib.distill(models / student, output_dir=output_dir, **given)
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +70,21 @@ def test_a_second_call_trains_nothing_and_finds_the_same(done, shelf):
 @pytest.mark.parametrize("change, message", [
     ({"seeds": [0]}, r"seeds=\[0\] is not allowed; allowed: at least two different whole numbers"),
     ({"epochs": 0}, "epochs=0 is not allowed; allowed: a number above 0"),
-    ({"learning_rate": {"sft": 1e-3}}, r"learning_rate=\{'sft': 0.001\} lacks kd; allowed: a number, or one for sft and one for kd"),
+    ({"learning_rate": {"sft": 1e-3}}, r"learning_rate=\{'sft': 0.001\} is not allowed; allowed: a number, or one for sft and one for kd"),
     ({"seeds": 3}, "seeds=3 has type int"), ({"seeds": ["a", "b"]}, r"seeds=\['a', 'b'\] is not allowed"), ({"seeds": [-1, 0]}, r"seeds=\[-1, 0\] is not"),
     ({"batch_size": 4.5}, "batch_size=4.5 has type float; allowed: a whole number from 1"), ({"batch_size": 0}, "batch_size=0 is not allowed"),
     ({"max_length": 8}, "max_length=8 is not allowed; allowed: a whole number from 16"), ({"validation_rows": 0}, "validation_rows=0 is not allowed"),
     ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed; allowed: a number above 0"), ({"learning_rate": "x"}, "learning_rate='x' has type str"),
-    ({"training": {"nonsense": 1}}, r"training=\{'nonsense': 1\} is not allowed; allowed: settings of"),
+    ({"training": {"nonsense": 1}}, "training has nonsense, which nobody knows; allowed: warmup, micro_batch, lora"), ({"training": 3}, "training=3 has type int"),
+    ({"training": {"max_steps": 5}}, "training has max_steps, which the call itself sets"), ({"training": {"micro_batch": 3}}, "batch_size=16 does not split over 1 processes into 6"),
+    ({"training": {"warmup": "a"}}, "warmup='a' has type str"), ({"training": {"lora": {"rr": 3}}}, r"lora=\{'rr': 3\} is not allowed .*peft.LoraConfig"),
+    ({"learning_rate": {"sft": 1.0, "kd": 1.0, "dk": 1.0}}, "'dk': 1.0} is not allowed; allowed: a number, or one for sft"), ({"learning_rate": float("inf")}, "learning_rate=inf is not"),
+    ({"epochs": float("inf")}, "epochs=inf is not allowed"), ({"seeds": [0, 2**33]}, r"seeds=\[0, 8589934592\] is not allowed"),
+    ({"split": "valid"}, "split='valid' is not allowed; allowed: train, of a file or folder of rows"), ({"dataset": ""}, "dataset='' is not allowed; allowed: a hub id"),
+    ({"dataset": [{"messages": []}]}, r"dataset=\[.*\] has type list; allowed: a hub id"), ({"dataset": "none.jsonl"}, "dataset='none.jsonl' is not there; allowed: a file or folder that is"),
+    ({"dataset": {}}, r"source=\{\} is not allowed; allowed: a source with local or hub"), ({"dataset": {"hub": "a/b", "wher": {}}}, "is not allowed; allowed: a source with .* of the fields local, hub"),
+    ({"dataset": {"hub": "a/b", "drop": "("}}, r"source\['drop'\]='\(' is not allowed .*a pattern"), ({"dataset": {"hub": "a/b", "prompt": "{{ a"}}, r"source\['prompt'\]='\{\{ a' is not .*a Jinja"),
+    ({"student": "no/such/model"}, "student='.*no/such/model' is not allowed; allowed: a folder that is there, or a hub id"),
     ({"cache": {"form": "nope"}}, "form='nope' is not allowed; allowed: full, hidden, top_k, sampled"), ({"cache": {"fort": "full"}}, "cache has no fort; allowed: form"),
     ({"cache": {"k": 10**6}}, r"k=1000000 is not allowed; allowed: 1 to \d+"),
     ({"cache": {"form": "sampled"}, "kind": "reverse_kl"}, "kind='reverse_kl' with a sampled cache would be biased"),
@@ -79,6 +97,63 @@ def test_what_does_not_fit_is_said_before_any_training(shelf, tmp_path, change, 
     assert not list(tmp_path.rglob("runs/*.json"))
 
 
+def test_rows_that_no_model_reads_and_models_that_are_none_are_refused(shelf, tmp_path):
+    words, student = " ".join(hub.WORDS), shelf / "models" / "meta-llama/Llama-3.2-1B"
+    rows = [{"id": str(i), "messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": words}]} for i in range(60)]
+    long = hub.write_rows(tmp_path / "long.jsonl", rows)
+    with pytest.raises(ValueError, match="max_length=16 leaves no row of train and validation and test, for all are longer; allowed: more"):
+        call(shelf, tmp_path / "a", dataset=long, max_length=16)
+    with pytest.raises(ValueError, match="output_dir='.*' lies in the dataset's folder"):
+        call(shelf, shelf / "data" / "tulu-3-sft-mixture" / "out")
+    assert not (shelf / "data" / "tulu-3-sft-mixture" / "out").exists()
+
+    def spoilt(name, **config):
+        shutil.copytree(student, tmp_path / name)
+        (file := tmp_path / name / "config.json").write_text(json.dumps(json.loads(file.read_text()) | config))
+        return tmp_path / name
+
+    lacking = spoilt("lacking")
+    tensors = load_file(lacking / "model.safetensors")
+    tensors.pop(gone := next(name for name in tensors if "layers.1" in name))
+    save_file(tensors, lacking / "model.safetensors", {"format": "pt"})
+    (adapters := tmp_path / "adapters").mkdir()
+    (adapters / "adapter_config.json").write_text("{}")
+    for file in student.glob("token*"):
+        shutil.copy(file, adapters)
+    for model, message in ((spoilt("short", max_position_embeddings=20), "student='.*short' reads 20 tokens, and some rows have [0-9]+; allowed: max_length up to 20"),
+                           (spoilt("masked", architectures=["LlamaForSequenceClassification"]), "masked' is a LlamaForSequenceClassification; allowed: models that predict the next"),
+                           (lacking, f"lacking' lacks 1 of its weights, {gone} among them"), (adapters, "adapters' holds adapters to a model; allowed: a whole model")):
+        with pytest.raises(ValueError, match=message):
+            call(shelf, tmp_path / "b", student=model)
+    assert not list(tmp_path.rglob("targets-*")), "before the teacher was asked"
+
+
+def test_a_script_without_a_main_guard_goes_on_and_a_half_written_model_is_written_anew(done, shelf, tmp_path):
+    found, folder = done
+    shutil.copytree(folder, tmp_path / "out")
+    (model := tmp_path / "out" / "models" / found.model.name).joinpath("model.safetensors").unlink()
+    for record in list((tmp_path / "out" / "own" / "runs").glob("*.json"))[:1]:
+        record.unlink()
+    (tmp_path / "plain.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_own import call
+print(call(Path({str(shelf)!r}), {str(tmp_path / "out")!r}).gap.n)
+""")
+    done = subprocess.run([sys.executable, str(tmp_path / "plain.py")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2", done.stdout + done.stderr
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(m).state_dict() for m in (model, found.model))
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs) and len(list((tmp_path / "out" / "own" / "runs").glob("*.json"))) == 4
+
+
+def test_a_part_of_a_saved_dataset_is_the_one_asked_for(shelf, tmp_path):
+    rows = {name: Dataset.from_list([{"id": f"{name}-{i}", "prompt": f"{name} {i}", "completion": hub.WORDS[i % 5]} for i in range(60)]) for name in ("train", "more")}
+    DatasetDict(rows).save_to_disk(tmp_path / "saved")
+    found = call(shelf, tmp_path / "out", dataset=tmp_path / "saved", split="more", epochs=0.1, validation_rows=3, test_rows=3)
+    assert {i.split("-")[0] for i in found.records[0]["items"]["id"]} == {"more"}
+
+
 def test_a_temperature_is_the_caches_too_and_a_copy_of_the_hubs_data_is_taken(shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_DATA", str(shelf / "data"))
     models = shelf / "models"
@@ -86,8 +161,8 @@ def test_a_temperature_is_the_caches_too_and_a_copy_of_the_hubs_data_is_taken(sh
                           max_length=64, epochs=0.02, seeds=[0, 1], test_rows=5, validation_rows=5, temperature=2.0, learning_rate=1.2345e-5)
     assert {r["config"]["phases"][0].get("cache", {}).get("temperature") for r in found.records} == {None, 2.0}
     card = (found.model / "README.md").read_text(encoding="utf-8")
-    assert "datasets: [tulu-3-sft-mixture]" in card and '"learning_rate": {"sft": 1.23e-05, "kd": 1.23e-05}' in card
-    assert {r["config"]["phases"][0]["learning_rate"] for r in found.records} == {1.23e-5}
+    assert 'datasets: ["tulu-3-sft-mixture"]' in card and '"learning_rate": {"sft": 1.2345e-05, "kd": 1.2345e-05}' in card
+    assert {r["config"]["phases"][0]["learning_rate"] for r in found.records} == {1.2345e-5}
 
 
 def test_a_long_prompt_is_shortened_to_half_and_a_row_that_is_still_too_long_is_counted(shelf, tmp_path, capsys):
