@@ -111,21 +111,22 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     records = [r for f in files[::len(files) // 64 + 1] if "tokens" in (r := results.read_record(f))["provenance"]]
     report = records[0]["provenance"]["data_report"] if records else {}
     length = _lengths(records, typical or dict.fromkeys(TABLE["seen"], p.max_length))
-    held = [f"{d}{part}" for d in ("", *(f"{name}/" for name in p.domain.get("names", ()))) for part in ("validation", "test")]
+    places = ["", *(f"{name}/" for name in p.domain.get("names", ()))]
+    held = [f"{d}{part}" for d in places for part in ("validation", "test")]
     stated = {f"{d}/{k}": v for d, own in p.source.get("domains", {}).items() for k, v in own.items()}
     sizes = {"annotated_rows": p.domain.get("rows"), "unlabelled_rows": p.domain.get("pool_rows"), **p.source, **stated}
     sizes = {k: v for k, v in sizes.items() if isinstance(v, int)} | {
         k: v["rows"] - v["rows_dropped"] for k, v in report.items() if "rows" in v} | {"train": p.train_rows}
     runs = [c for i, c in zip(plan.ids, plan.configs) if not (missing and results.record_path(plan.root, p.name, i).exists())]
-    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "of" not in s}
+    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if not (missing and specs.path(plan.root, s).is_dir())}
 
     def rows_of(name):
         name = name.split(" said")[0]
         known = TABLE["rows"].get("/" * ("/" in name) + name.split("/")[-1], "")
         return sizes.get(name) or sizes.get(f"{name}_rows") or sizes.get(f"{name.rpartition('/')[0]}/{known}") or sizes.get(known) or p.train_rows
 
-    sets, asked = [*held, *(f"{d}{part}" for d in ("", *(f"{n}/" for n in p.domain.get("names", ()))) for part in ("train", "pool")[:1 + bool(d)])], set()
-    for spec in [*(s for s in made.values() if not (missing and specs.path(plan.root, s).is_dir())), *runs]:
+    sets, asked = [*held, *(f"{d}{part}" for d in places for part in ("train", "pool")[:1 + bool(d)])], set()
+    for spec in [*(s for s in made.values() if "of" not in s), *runs]:
         if "source" in spec:
             table["source"] += 1, 0, 0, 0, 0, 16 * sum(rows_of(name) * length(name)[0] for name in sets)  # two whole numbers a token
             continue
@@ -144,8 +145,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
             t, r = (t - r * (t > r) + told, told) if w in ("by", "replies") else (t, r)
             kept = n * r * cache_bytes(s, **spec["cache"]) if w == "cache" else 0
             table[w] += w in ("scores", "replies"), n * t, n * r, flops(s, n, n * t, n * r), kept, kept + 16 * n * t * (w == "by")
-    below = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if "of" in s and not (missing and specs.path(plan.root, s).is_dir())}
-    judged = [(c, c["evaluate"].get("tasks", {})) for c in runs] + [(s["of"], s["tasks"]) for s in below.values()]
+    judged = [(c, c["evaluate"].get("tasks", {})) for c in runs] + [(s["of"], s["tasks"]) for s in made.values() if "of" in s]
     for spec, (name, how) in ((spec, task) for spec, tasks in judged for task in tasks.items() if task[0] in TABLE["benchmarks"]):
         known = TABLE["benchmarks"][name]
         n, s = min(how.get("limit") or known["documents"], known["documents"]), shape(spec)

@@ -27,17 +27,14 @@ class Corpus:
     report: dict = field(default_factory=dict)  # counts of what loading left out
 
 
-def _named(tokenizer) -> str:
-    return f" of {tokenizer.name_or_path!r}" if tokenizer.name_or_path else ""
-
-
 def encode(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     """``(input_ids, labels)``; labels are -100 outside the assistant's turns. Raises ValueError if nothing would be learned."""
+    named = f" of {tokenizer.name_or_path!r}" if tokenizer.name_or_path else ""
     if tokenizer.chat_template is None:
-        raise ValueError(f"The tokenizer{_named(tokenizer)} has no chat template; allowed: a template of kdlib's (tulu, chatml), or a tokenizer with one.")
+        raise ValueError(f"The tokenizer{named} has no chat template; allowed: a template of kdlib's (tulu, chatml), or a tokenizer with one.")
     out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     if not any(out["assistant_masks"]):
-        raise ValueError(f"The chat template{_named(tokenizer)} marks no assistant tokens; allowed: a template of kdlib's (tulu, chatml), or one with "
+        raise ValueError(f"The chat template{named} marks no assistant tokens; allowed: a template of kdlib's (tulu, chatml), or one with "
                          "{% generation %} around what an assistant turn says.")
     return out["input_ids"], [t if m else IGNORE for t, m in zip(out["input_ids"], out["assistant_masks"])]
 

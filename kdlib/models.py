@@ -1,10 +1,8 @@
 """From-scratch Llamas by name, their tokenizers (with a chat template that marks the assistant's tokens), and loading."""
 
-import hashlib
 import os
 import tomllib
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from kdlib import store
 from kdlib.presets import check
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # or pickled weights would be asked of the hub in another form, from another commit
@@ -87,19 +86,13 @@ def origin(name: str) -> dict[str, str] | None:
     """
     folder = Path(_local(name))
     files = sorted(p for p in folder.glob("*") if p.is_file()) if "KDLIB_MODELS" in os.environ and str(folder) != name else ()
-    return {f"{name}/{p.name}": f"{p.stat().st_size}-{_start_hash(p, p.stat().st_mtime_ns)}" for p in files} or None
+    return {f"{name}/{p.name}": f"{p.stat().st_size}-{store.file_hash(p, 2**24)}" for p in files} or None
 
 
 def commit(name: str, revision: str | None = None) -> str | None:
     """The commit that a hub model's revision was when it was last loaded here; None of a folder, and of what never was."""
     found = None if Path(_local(name)).is_dir() else try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
-
-
-@lru_cache(maxsize=10_000)
-def _start_hash(path: Path, changed_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(2**24)).hexdigest()
 
 
 def _trusted(name: str | Path, trust: tuple) -> bool:

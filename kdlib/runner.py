@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -122,10 +121,8 @@ def launch_settings() -> dict:
 
 def launch(configuration: str, module: str, *arguments: str) -> None:
     """Run a module in the processes that an Accelerate ``configuration`` asks for. RuntimeError if it fails, naming a file with all it said."""
-    with socket.socket() as free:  # so that two that start together do not meet
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", port, "--tee", "3"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration, "--tee", "3",
+               "--main_process_port", "0"]  # a free one, so that two that start together do not meet
     with tempfile.NamedTemporaryFile("w+", prefix="kdlib-launch-", suffix=".log", delete=False) as log, tempfile.TemporaryDirectory() as each:
         done = subprocess.run([*command, "--log_dir", each, "-m", module, *arguments], stdout=log, stderr=subprocess.STDOUT)
         log.seek(0)

@@ -1,12 +1,12 @@
 """What fixes the artefacts that runs share, and a run itself: specifications in JSON, whose hash is their name.
 
-What fixes an artefact is its specification, in JSON. A *model* is ``{"data", "pretrain"}``, from random weights on, or ``{"start": model,
-"phases"}``. A *phase* trains ``steps`` batches on its ``rows``, equally many of each *part*, by the settings of
-:class:`~kdlib.losses.Objective`, towards its ``teacher``, a model or None. A part is ``{"set": name}``, perhaps with ``budget`` (so many
-of the set's rows, a prefix of the order that ``seed`` draws) and ``said``: the model ``by`` whose own words, drawn at a ``temperature``,
-stand for the annotators' (with ``verified`` those alone that verify; with ``only`` on a budget's prompts alone, with ``open`` none that was cut off is taught to end there). The targets of a part are
+A *model* is ``{"data", "pretrain"}``, from random weights on, or ``{"start": model, "phases"}``; one ``{"data", "hub",
+"revision"}`` is somebody else's, and only its own scores are an artefact. A *phase* trains ``steps`` batches on its ``rows``,
+equally many of each *part*, by the settings of :class:`~kdlib.losses.Objective`, towards its ``teacher``, a model or None. A part
+is ``{"set": name}``, perhaps with ``budget`` (so many of the set's rows, a prefix of the order that ``seed`` draws) and ``said``:
+the model ``by`` whose own words, drawn at a ``temperature``, stand for the annotators' (with ``verified`` those alone that verify;
+with ``only`` on a budget's prompts alone, with ``open`` none that was cut off is taught to end there). The targets of a part are
 those of all the set's rows, with ``alone`` of the budget's. A run's configuration is a model's, and what is evaluated.
-A model ``{"data", "hub", "revision"}`` is somebody else's; only its own scores are an artefact.
 """
 
 import json

@@ -23,16 +23,16 @@ def digest(value, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hex; read once by a process as long as the file stays as it is."""
+def file_hash(path: str | Path, first: int | None = None) -> str:
+    """SHA-256 of a file's bytes, or the ``first`` of them, in hex; read once by a process as long as the file stays as it is."""
     about = os.stat(path)
-    return _file_hash(str(path), about.st_mtime_ns, about.st_size, about.st_ino)
+    return _file_hash(str(path), first, about.st_mtime_ns, about.st_size, about.st_ino)
 
 
 @lru_cache(maxsize=100_000)
-def _file_hash(path: str, *about: int) -> str:
+def _file_hash(path: str, first: int | None, *about: int) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return (hashlib.sha256(file.read(first)) if first else hashlib.file_digest(file, "sha256")).hexdigest()
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
