@@ -183,6 +183,8 @@ def test_a_teachers_answers_stand_in_the_place_of_the_annotators(teacher, tokeni
         assert said != [m[-1]["content"] for m in other["messages"]]
     else:
         assert said == evaluate.replies(teacher, tokenizer, [m[:-1] for m in asked["messages"]], 8)[0]
+        alone = Dataset.from_list([{**r, "messages": r["messages"][:-1]} for r in asked])
+        assert write_answers(tmp_path / "alone", teacher, tokenizer, alone, **how)["messages"] == answered["messages"], "prompts that nobody has answered"
     assert len(data.render(answered, tokenizer, 64)[0]) == len(asked), "the path that annotators' rows take"
 
 
@@ -193,6 +195,14 @@ def test_answers_are_to_prompts_as_training_reads_them(teacher, tokenizer, asked
     read, real = [], evaluate.generate
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **how: read.extend(prompts) or real(model, prompts, **how))
     answered = write_answers(tmp_path / "a", teacher, tokenizer, rendered, max_new_tokens=8)
+    for change, message in (({"shard_rows": 0}, "shard_rows=0 is not allowed; allowed: a whole number from 1"), ({"temperature": -1.0}, "temperature=-1.0 is not"),
+                            ({"max_new_tokens": 0}, "max_new_tokens=0 is not"), ({"rows": rendered.select([])}, "is not allowed; allowed: one or more, with id and messages")):
+        with pytest.raises(ValueError, match=message):
+            write_answers(tmp_path / "b", teacher, tokenizer, **{"rows": rendered, "max_new_tokens": 8, **change})
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="theirs' holds files of something else; give an empty or new folder"):
+        write_answers(tmp_path / "theirs", teacher, tokenizer, rendered, max_new_tokens=8)
     assert read == [[t for t, label in zip(r["input_ids"], r["labels"]) if label == data.IGNORE] for r in rendered]
     assert set(answered.column_names) == set(rendered.column_names) - {"input_ids", "labels"}, "which were of the annotators' answers"
     assert [m[:-1] for m in answered["messages"]] == [m[:-1] for m in rendered["messages"]], "told whole"

@@ -181,6 +181,14 @@ def test_other_columns_become_the_same_messages(row):
     assert text.to_messages(row) == [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
 
 
+def test_a_template_that_names_no_column_is_refused():
+    source = {"prompt": "Q: {{ question }} {{ contxt }}", "answer": "{{ answer }}"}
+    row = {"id": "r7", "question": "why", "context": "c", "answer": "so"}
+    with pytest.raises(ValueError, match=r"here: row 'r7' does not fit the source's templates \('contxt' is undefined\); its columns are id, question, context, answer"):
+        text.to_messages(row, "here", source)
+    assert text.to_messages(row, "here", {**source, "prompt": "{{ question }}?"})[0] == {"role": "user", "content": "why?"}
+
+
 def test_the_hubs_columns_of_the_domains_become_what_the_local_copies_hold():
     maths, medical = DOMAINS["maths"]["train"], PRESETS["paper"].source["domains"]["medical"]["train"]
     row = {"question": "How many?", "answer": "He has 48/2 = <<48/2=24>>24.\n#### 24"}
