@@ -48,6 +48,7 @@ def label(folder: str | Path, rows: Dataset | list[dict], *, base_url: str, mode
         return turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns
     more = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
     rows = (rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))).with_format(None)
+    presets.check("columns of rows", rows.column_names, list, "id and messages, of one row or more", {"id", "messages"}.issubset)
     asked = rows.select_columns(["id", "messages"])
     hashes = {str(r["id"]): store.digest(p) for r in asked if (p := prompt(r)) and p[-1].get("role") in ("user", "tool")}
     if lack := len(rows) - len(hashes):

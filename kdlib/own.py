@@ -59,7 +59,7 @@ def _model(name: str, value) -> str:
 
 def _stamp(name: str) -> str | None:
     """What stands for the revision of a model in a folder: its files."""
-    files = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")) if Path(name).is_dir() else []
+    files = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja", ".bin")) if Path(name).is_dir() else []
     return store.digest([[p.name, store.file_hash(p)] for p in files]) if files else None
 
 

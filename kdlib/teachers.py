@@ -129,7 +129,7 @@ def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_ne
     for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("shard_rows", shard_rows, 1), ("seed", seed, 0)):
         check(name, value, int, f"a whole number from {low}", lambda v: v >= low)
     check("temperature", temperature, float, "a number from 0", lambda v: v >= 0)
-    check("rows", rows, Dataset, "one or more, with id and messages", lambda v: len(v) and {"id", "messages"} <= {*v.column_names})
+    check("columns of rows", rows.column_names if len(rows) else [], list, "id and messages, of one row or more", {"id", "messages"}.issubset)
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in rows]),
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows, **({"finish_reason": True} if finish_reason else {})}
 

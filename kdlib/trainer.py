@@ -35,6 +35,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, *args, teacher=None, objective: Objective | None = None, lmbda: float = 0.0, max_new_tokens: int = 128,
                  chunk_size: int | None = None, **kwargs):
+        if teacher is not None and not hasattr(teacher, "prepare"):
+            raise ValueError(f"teacher is a {type(teacher).__name__}; allowed: kdlib.teachers.Live(model, tokenizer), or Cached(folder).")
         objective = (objective or Objective(alpha=float(teacher is not None))).with_teacher(teacher)
         if not 0 <= lmbda <= 1 or (lmbda and (objective.alpha < 1 or not isinstance(teacher, Live))):
             raise ValueError(f"lmbda={lmbda!r} is not allowed; allowed: 0 to 1, and above 0 only with alpha=1 and a live teacher, "

@@ -213,6 +213,9 @@ def test_a_folder_of_other_settings_is_refused_and_bad_ones_are_named(scripted, 
     for name, value in (("base_url", "ftp://x"), ("concurrency", 0), ("timeout", 0), ("max_new_tokens", 1.5), ("temperature", -1)):
         with pytest.raises(ValueError, match=f"^{name}={value!r} .*; allowed: "):
             label(tmp_path / "b", ASKED, **{**scripted.how, name: value})
+    for rows in ([], [{"text": "x"}]):
+        with pytest.raises(ValueError, match="columns of rows=.* is not allowed; allowed: id and messages, of one row or more"):
+            label(tmp_path / "b", rows, **scripted.how)
     for rows in ([ASKED[0], ASKED[0]], [ASKED[0], {"id": "s", "messages": [{"role": "system", "content": "x"}]}]):
         with pytest.raises(ValueError, match="^1 of 2 rows lack an id of their own, or messages with a user's turn to answer"):
             label(tmp_path / "b", rows, **scripted.how)

@@ -428,6 +428,8 @@ def test_tokenizers_that_differ_are_refused(student, tokenizer, tmp_path):
         with pytest.raises(ValueError, match=message):
             trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[]), objective=Objective(),
                                         processing_class=tokenizer, teacher=Live(models.build_model("nano", fewer, 0), theirs))
+    with pytest.raises(ValueError, match="teacher is a LlamaForCausalLM; allowed: kdlib.teachers.Live"):
+        trainer.DistillationTrainer(model=student, args=TrainingArguments(tmp_path, report_to=[]), processing_class=tokenizer, teacher=copy.deepcopy(student))
     spread = Live(copy.deepcopy(student), tokenizer)
     spread.model.hf_device_map = {"model": 0, "lm_head": 1}
     with pytest.raises(ValueError, match="The teacher lies on 2 devices; allowed: one on the student's, or a cache"):
