@@ -14,6 +14,8 @@ EXPERIMENTS := $(sort $(wildcard notebooks/0[2-4]_*.ipynb))
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -qiE 'index|find-links' && echo https://download.pytorch.org/whl/cpu)
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Two at a time, since each keeps one core busy; what a platform needs besides comes after it.
+LOCKED = xargs -P 2 -n 10 $(BIN)/python -m pip install -q --no-deps
 
 .PHONY: study smoke test test-browser lab slides sweep bench outputs readme replay report clean
 
@@ -34,7 +36,8 @@ smoke:
 	@$(MAKE) --no-print-directory study PRESET=smoke
 
 test: $(READY)
-	$(BIN)/python -m pip install -q -c .requirements.lock 'kdlib[cluster,course,eval,lora,serve]'
+	$(LOCKED) < .requirements.test.lock
+	$(BIN)/python -m pip install -q -c .requirements.lock -c .requirements.test.lock 'kdlib[cluster,course,eval,lora,serve]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
@@ -79,10 +82,9 @@ slides: $(READY)
 clean:
 	rm -rf .study .site .slides .browser .venv .pytest_cache build *.egg-info results/smoke results/.cache results/*/variants
 
-# The locked packages, two pips at a time, since each keeps one core busy; then what this platform needs besides.
 $(READY): .requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f'Python {sys.version.split()[0]} does not do; set PYTHON to a Python 3.11, 3.12 or 3.13.')"
 	$(PYTHON) -m venv $(VENV)
-	xargs -P 2 -n 10 $(BIN)/python -m pip install -q --no-deps $(TORCH) < .requirements.lock
+	$(LOCKED) $(TORCH) < .requirements.lock
 	$(BIN)/python -m pip install -q $(TORCH) -c .requirements.lock -e .
 	@touch $@

@@ -81,12 +81,12 @@ def _lengths(records: list[dict], usual=None):
             counts.update({_set(part): p["steps"] * p["batch_size"] / len(p["rows"]) for part in p["rows"]})
     seen = pd.DataFrame([[r["provenance"][k] for k in TABLE["seen"]] for r in records], columns=TABLE["seen"])
     usual, rows = seen.sum() / sum(c.total() for c in mixed) if records else pd.Series(usual), pd.DataFrame(mixed).fillna(0)
-    means = pd.DataFrame(np.linalg.lstsq(rows, seen, rcond=None)[0] if records else (), index=rows.columns, columns=TABLE["seen"])
+    means = dict(zip(rows.columns, np.linalg.lstsq(rows, seen, rcond=None)[0] if records else ()))
 
     def length(name):
-        said = [n for n in means.index if n.startswith(f"{name.split(' after ')[0].removesuffix(' said')} said")]
+        said = [n for n in means if n.startswith(f"{name.split(' after ')[0].removesuffix(' said')} said")]
         near = (name, *said, f"{name.rpartition('/')[0]}/train".lstrip("/"))
-        return next((means.loc[n] for n in near if n in means.index), usual)[TABLE["seen"]].to_numpy()
+        return next((means[n] for n in near if n in means), usual[TABLE["seen"]].to_numpy())
 
     return length
 
