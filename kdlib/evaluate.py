@@ -41,7 +41,7 @@ def token_scores(model, rendered: list[dict], pad_token_id: int, *, entropy: boo
     collate, parts = Collator(pad_token_id), []
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
     longest = max((len(r["input_ids"]) for r in rendered), default=1)
-    size = max(1, min(64, 2**28 // (longest * model.config.vocab_size)))  # rows whose logits are held at once
+    size = max(1, min(64, 2**28 // (longest * model.config.get_text_config().vocab_size)))  # rows whose logits are held at once
     for start in range(0, len(order), size):
         chunk = order[start:start + size]
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}

@@ -113,7 +113,7 @@ def _after_attention(model) -> tuple:
 @contextmanager
 def _few_tokens(model):
     """Inputs of four tokens, and ``model`` in evaluation mode without gradients for a while."""
-    training, ids = model.training, torch.arange(4, device=model.device)[None] % model.config.vocab_size
+    training, ids = model.training, torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     model.eval()
     try:
         with torch.no_grad():

@@ -23,7 +23,7 @@ def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | No
     """Do one run, or nothing if its record, and the model if it is to ``keep`` somewhere, is there. Safe beside others doing the same."""
     identifier = results.run_id(config)
     with store.lock(root, identifier):
-        if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not any(keep.glob("*.safetensors"))):
+        if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not ((keep / "config.json").is_file() and any(keep.glob("*.safetensors")))):
             results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config, METRICS[metric], keep)})
 
 
@@ -43,7 +43,7 @@ def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> 
         rows, loss = stages.tune(root, student, tokenizer, phase, spec)
         seen.append(rows)
     if keep:  # whole or not at all
-        work = keep.with_name(f".{keep.name}.unfinished")
+        shutil.rmtree(work := keep.with_name(f".{keep.name}.unfinished"), ignore_errors=True)
         for part in (student, known.tokenizer):
             part.save_pretrained(work)
         shutil.rmtree(keep, ignore_errors=True)

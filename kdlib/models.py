@@ -132,9 +132,10 @@ def configuration(name: str | Path, revision: str | None = None, trust: tuple = 
     if (folder := Path(_local(name))).is_dir() and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{name!r} holds adapters to a model; allowed: a whole model, as peft's merge_and_unload makes it.")
     config = _reach(transformers.AutoConfig, name, revision, trust)
-    kinds = [kind for kind in config.architectures or () if not _trusted(name, trust) and not kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
-    if kinds or config.is_encoder_decoder:
-        raise ValueError(f"{name!r} is a {(kinds or config.architectures or [config.model_type])[0]}; allowed: models that predict the next token (causal LMs).")
+    made = [config.architectures] if isinstance(config.architectures, str) else config.architectures or [config.model_type]
+    other = type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or any(not kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", config.model_type)) for kind in made)
+    if (other or config.is_encoder_decoder or not getattr(config, "is_decoder", True)) and not _trusted(name, trust):
+        raise ValueError(f"{name!r} is a {made[0]}; allowed: models that predict the next token (causal LMs).")
     return config.get_text_config()
 
 

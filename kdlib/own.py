@@ -14,7 +14,7 @@ from kdlib import jobs, models, results, runner, stages, stats, store, study, te
 from kdlib.losses import Objective
 from kdlib.presets import METRICS, Preset, check
 
-HUB_ID = re.compile(r"(?!.*\.(jsonl?|gz|parquet)$)[\w.-]+(/[\w.-]+)?")  # what looks like one
+HUB_ID = re.compile(r"(?!\.|.*\.(jsonl?|gz|parquet)$)[\w.-]+(/[\w.-]+)?")  # what looks like one
 CARD = """---
 base_model: {base}
 library_name: transformers
@@ -36,28 +36,37 @@ def source_of(dataset: str | Path | dict, revision: str | None = None, split: st
     """The source (:mod:`kdlib.text`) that ``dataset`` names: a file or folder, a name under KDLIB_DATA or on the hub. ValueError if it is none."""
     if isinstance(dataset, dict):
         text.check_source(dataset)
-        here = Path(dataset.get("local", "")).expanduser()
-        return dataset | {"local": str(here.resolve())} if dataset.get("local") and here.exists() else dataset
+        if not (local := dataset.get("local")) or (here := Path(os.path.expanduser(local))).exists():
+            return dataset | ({"local": str(here.resolve())} if local else {})
+        check("source['local']", local, str, "a path that is there, or a name under KDLIB_DATA", lambda v: "hub" in dataset or os.environ.get("KDLIB_DATA"))
+        return dataset
     name = str(check("dataset", dataset, (str, Path), "a hub id, a .jsonl or .parquet file, a folder of them, or a source", lambda v: str(v).strip()))
-    here, mirror = Path(name).expanduser(), os.environ.get("KDLIB_DATA")
-    saved = any((here / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    check("split", split, str, "train, of a file or folder of rows", lambda v: v == "train" or saved or not here.exists())
-    if here.exists():
+    here, mirrored = Path(os.path.expanduser(name)), Path(os.environ.get("KDLIB_DATA") or "/dev/null") / name
+    found = next((place for place in (here, mirrored) if place.exists()), None)
+    check("split", split, str, "train, of a file or folder of rows", lambda v: v == "train" or not found or (found / "dataset_dict.json").is_file())
+    if found == here:
         return {"local": str(here.resolve())} | ({"split": split} if split != "train" else {})
-    if not (mirrored := mirror and (Path(mirror) / name).exists()) and not HUB_ID.fullmatch(name):
+    if not found and not HUB_ID.fullmatch(name):
         raise ValueError(f"dataset={name!r} is not there; allowed: a file or folder that is, or a hub id.")
-    return {"hub": name, "revision": revision, "split": split} | ({"local": name} if mirrored else {})
+    return {"hub": name, "revision": revision, "split": split} | ({"local": name} if found else {})
+
+
+def _plain(value) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except TypeError:
+        return False
 
 
 def _model(name: str, value) -> str:
     """The folder or hub id of a model. ValueError if it can be neither."""
     said = str(check(name, value, (str, Path), "a folder or hub id", lambda v: str(v).strip()))
-    if (here := Path(said).expanduser()).is_dir():
+    if (here := Path(os.path.expanduser(said))).is_dir():
         return str(here)
     return check(name, said, str, "a folder that is there, or a hub id", lambda v: HUB_ID.fullmatch(v))
 
 
-def _stamp(name: str) -> str | None:
+def stamp(name: str) -> str | None:
     """What stands for the revision of a model in a folder: its files."""
     files = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja", ".bin")) if Path(name).is_dir() else []
     return store.digest([[p.name, store.file_hash(p)] for p in files]) if files else None
@@ -79,7 +88,8 @@ def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict
     :class:`~kdlib.stats.Interval` of SFT − KD in bits per byte) and ``records``. ValueError, before any training, on what does not fit.
     """
     source, metric = source_of(dataset, revision, split), METRICS["bits_per_byte"]
-    if "local" in source and Path(source["local"]).is_dir() and Path(output_dir).expanduser().resolve().is_relative_to(source["local"]):
+    into = os.path.expanduser(check("output_dir", output_dir, (str, Path), "a folder"))
+    if (read := text.find(source)) and read.is_dir() and Path(into).resolve().is_relative_to(read.resolve()):
         raise ValueError(f"output_dir={str(output_dir)!r} lies in the dataset's folder, of which it would become a part; allowed: another.")
     student, teacher = (_model(name, value) for name, value in (("student", student), ("teacher", teacher)))
     seeds = check("seeds", list(seeds) if isinstance(seeds, Sequence) else seeds, list, "at least two different whole numbers from 0 to 2**32 - 1",
@@ -92,14 +102,18 @@ def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict
     check("learning_rate", learning_rate, object, "a number, or one for sft and one for kd", lambda _: rates.keys() == {"sft", "kd"})
     for rate in rates.values():
         check("learning_rate", rate, float, "a number above 0", lambda v: 0 < v < math.inf)
-    trainer.check_training(batch_size, **check("training", training or {}, dict, "settings of kdlib.trainer.train or TrainingArguments"))
+    check("training", training or {}, dict, "settings of kdlib.trainer.train or TrainingArguments", lambda v: all(type(k) is str for k in v) and _plain(v))
+    ranks = runner.launch_settings().get("num_processes", 0)
+    trainer.check_training(batch_size, ranks=ranks, **(training or {}))
     objective = vars(Objective(alpha=alpha, kind=kind, temperature=temperature))
     cache = {"form": "top_k", **check("cache", cache, dict, "settings as in presets.toml")} if cache else {"form": "top_k", "k": 64, "dtype": "float16"}
     root = store.open_folder(output_dir, "output_dir")
-    pair = [(name, _stamp(name) or at) for name, at in ((student, student_revision), (teacher, teacher_revision))]
+    pair = [(name, stamp(name) or at) for name, at in ((student, student_revision), (teacher, teacher_revision))]
     tokens = models.common_vocabulary(*(models.load_tokenizer(*at, template) for at in pair), *(models.width(*at) for at in pair))
     teachers.check_cache(tokens, kind, **cache)
-    models.load(*pair[0], template, device="cpu")  # the teacher's come first, and may take hours
+    ours = models.load(*pair[0], template, device="cpu")[0]  # now, since what the teacher says comes first, and may take hours
+    trainer.check_training(batch_size, ranks=ranks, model=ours, **(training or {}))
+    del ours
     preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
                     train_rows=10**9, max_length=max_length, prompt_length=max_length // 2, max_new_tokens=min(128, max_length // 2), vocab_size=0,
                     batch_size=batch_size, seeds=seeds,
@@ -112,7 +126,7 @@ def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict
         raise ValueError(f"max_length={max_length} leaves no row of {' and '.join(empty)}, for all are longer; allowed: more.")
     longest = max(reports[name]["tokens_most"] for name in left)
     for name, at in (("student", pair[0]), ("teacher", pair[1])):
-        if (most := getattr(models.configuration(*at), "max_position_embeddings", None) or longest) < longest:
+        if 0 < (most := getattr(models.configuration(*at), "max_position_embeddings", None) or 0) < longest:
             raise ValueError(f"{name}={at[0]!r} reads {most} tokens, and some rows have {longest}; allowed: max_length up to {most}.")
     preset.budgets, report = [rows := left["train"]], reports["train"]
     print(f"{rows:,} rows to train on, {report['prompts_shortened']:,} with a shortened prompt; {report['rows_dropped']:,} longer than {max_length} tokens left out. "

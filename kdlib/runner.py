@@ -19,6 +19,8 @@ import psutil
 import yaml
 from tqdm import tqdm
 
+MAIN = threading.Lock()
+
 
 def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable, list[Callable]] | None = None) -> None:
     """Do all ``tasks``, begun in their order when what they ``need`` of them is done, with an estimate by their costs. In processes here, one
@@ -32,7 +34,7 @@ def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable
         bar.set_description_str(f"0 of {len(tasks)} tasks", refresh=False)
         try:
             while waiting or futures:
-                with patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None):  # or workers would run a caller's script again
+                with MAIN, patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None):  # or workers would run a caller's script again
                     for task in [task for task, lacking in waiting.items() if not lacking]:
                         del waiting[task]
                         futures[pool.submit(partial(_do, task))] = task

@@ -119,7 +119,7 @@ def write_cache(folder: str | Path, model, tokenizer, rows: Sequence[dict], *, f
     return _write(folder, spec, parts | _shards(rows, shard_rows, build))
 
 
-def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_new_tokens: int, temperature: float = 0.0,
+def write_answers(folder: str | Path, model, tokenizer, rows: Dataset | list[dict], *, max_new_tokens: int, temperature: float = 0.0,
                   seed: int = 0, shard_rows: int = 1000, finish_reason: bool = False) -> Dataset:
     """``rows`` (``id``, ``messages``) with ``model``'s own text for the last answer of each, greedy at temperature 0, else sampled, and if asked
     for with its ``finish_reason``, ``stop`` or ``length``. It reads rendered rows (``input_ids``, ``labels``, which the answers leave behind)
@@ -129,7 +129,10 @@ def write_answers(folder: str | Path, model, tokenizer, rows: Dataset, *, max_ne
     for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("shard_rows", shard_rows, 1), ("seed", seed, 0)):
         check(name, value, int, f"a whole number from {low}", lambda v: v >= low)
     check("temperature", temperature, float, "a number from 0", lambda v: v >= 0)
+    rows = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
     check("columns of rows", rows.column_names if len(rows) else [], list, "id and messages, of one row or more", {"id", "messages"}.issubset)
+    if empty := [r["id"] for r in rows if not r["messages"] or not prompt({"messages": r["messages"]})]:
+        raise ValueError(f"Row {empty[0]!r} asks nothing; allowed: messages with somebody's turn before the answer.")
     spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in rows]),
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows, **({"finish_reason": True} if finish_reason else {})}
 
@@ -156,10 +159,10 @@ def _shards(rows: Sequence[dict], size: int, build: Callable) -> dict[str, Calla
 def _write(folder: Path, spec: dict, parts: dict[str, Callable[[Path], None]]) -> Path:
     """Fill ``folder``, which is of ``spec`` or new, with those ``parts`` that are not whole in it yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "spec.json").exists() and [p for p in folder.iterdir() if p.name != ".cache" and not p.name.startswith(".spec.json.")]:
-        raise ValueError(f"folder={str(folder)!r} holds files of something else; give an empty or new folder.")
     with store.lock(folder, "write"):
         if not (folder / "spec.json").exists():
+            if [p for p in folder.iterdir() if not p.name.startswith(".")]:
+                raise ValueError(f"folder={str(folder)!r} holds files of something else; give an empty or new folder.")
             store.write_atomic(folder / "spec.json", json.dumps(spec, indent=1))
         if differs := [n for n, v in _read_spec(folder).items() if spec.get(n) != v]:
             raise ValueError(f"The cache in {folder} was made with another {', '.join(differs)}; give a folder of its own.")

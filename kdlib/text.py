@@ -22,30 +22,39 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder, load_from_disk
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetGenerationError
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import Environment, StrictUndefined, TemplateError, Undefined
 from pyarrow import ArrowInvalid
 
 from kdlib.data import Corpus, processes
 from kdlib.presets import check
 from kdlib.store import digest, file_hash, room_on_disk
 
-FIELDS = ("local", "hub", "hub_config", "revision", "split", "where", "prompt", "answer", "drop", "unanswered", "category_in_id")
+FIELDS = ("local", "hub", "hub_config", "revision", "split", "where", "prompt", "answer", "drop", "category_in_id")
 COLUMNS = (("instruction", "context", "response"), ("instruction", "input", "output"), ("prompt", None, "completion"))  # Dolly, Alpaca, TRL
 FEATURES = Features({"messages": [{"role": Value("string"), "content": Value("string")}], **dict.fromkeys(("prompt", "whole", "first"), Value("int64")),
                      **dict.fromkeys(("id", "skill", "suite", "answer", "fate"), Value("string"))})
 FINAL = re.compile(r"Answer: *(.+?)[\s.]*$")
 
 
-_template = lru_cache(Environment(undefined=StrictUndefined).from_string)  # which compiles
+class _Absent(StrictUndefined):
+    """What a row lacks, which a template may ask for and not show."""
+
+    __bool__ = Undefined.__bool__
+
+
+_template = lru_cache(Environment(undefined=_Absent).from_string)  # which compiles
 
 
 def check_source(source: dict) -> None:
     """ValueError unless ``source`` is one, as this module says."""
     check("source", source, dict, f"a source with local or hub, of the fields {', '.join(FIELDS)}", lambda v: v.keys() <= {*FIELDS} and (v.get("local") or v.get("hub")))
     check("source['where']", source.get("where", {}), dict, "values by the names of columns")
+    for field in ("local", "hub", "hub_config", "revision", "split"):
+        check(f"source[{field!r}]", "" if source.get(field) is None else source[field], str, "text")
     for field, compiled in (("prompt", _template), ("answer", _template), ("drop", re.compile), ("category_in_id", re.compile)):
         try:
-            compiled(check(f"source[{field!r}]", source.get(field, ""), str, "text"))
+            found = compiled(check(f"source[{field!r}]", source.get(field, ""), str, "text"))
+            check(f"source[{field!r}]", source.get(field, "()"), str, "a pattern with a group", lambda v: field != "category_in_id" or not source.get(field) or found.groups)
         except (TemplateError, re.error) as error:
             raise ValueError(f"source[{field!r}]={source[field]!r} is not allowed ({error}); allowed: {'a Jinja template' if compiled is _template else 'a pattern'}.") from error
 
@@ -137,7 +146,7 @@ def to_messages(row: dict, where: str = "", source: dict | None = None) -> list[
         try:
             messages = [{"role": role, "content": _template(source[k]).render(row) if k in source else ""}
                         for k, role in (("prompt", "user"), ("answer", "assistant"))]
-        except TemplateError as error:
+        except (TemplateError, TypeError, ArithmeticError) as error:
             raise ValueError(f"{where}: row {row.get('id')!r} does not fit the source's templates ({error}); its columns are {', '.join(row)}.") from error
     for first, more, last in COLUMNS if messages is None else ():
         if messages is None and row.get(first) and row.get(last) is not None:

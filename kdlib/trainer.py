@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, PrinterCallback, SchedulerType, Trainer, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
 from kdlib import inference
 from kdlib.data import IGNORE, Collator, stretches
@@ -18,7 +19,7 @@ from kdlib.presets import check
 from kdlib.teachers import Live
 
 FIXED = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "gradient_accumulation_steps", "seed", "train_sampling_strategy",
-         "remove_unused_columns", "save_strategy")  # of TrainingArguments, which train sets
+         "remove_unused_columns", "save_strategy", "num_train_epochs", "eval_strategy", "label_smoothing_factor")  # of TrainingArguments, which train sets
 
 
 class DistillationTrainer(Trainer):
@@ -139,21 +140,28 @@ def peft():
         raise ValueError("lora needs the package peft; pip install 'kdlib[lora]', or train all weights.") from error
 
 
-def check_training(batch_size: int, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None, **arguments) -> tuple:
-    """Processes, parts of a batch on each, and the adapters' configuration, of settings as :func:`train` takes them. ValueError if it would not."""
-    ranks, known = int(os.environ.get("WORLD_SIZE", 1)), {f.name for f in fields(TrainingArguments)} - {*FIXED}
-    if odd := sorted(arguments.keys() - known):
-        raise ValueError(f"training has {', '.join(odd)}, which {'the call itself sets' if {*odd} <= {*FIXED} else 'nobody knows'}; allowed: warmup, micro_batch, lora, "
-                         "or what else TrainingArguments takes.")
+def check_training(batch_size: int, /, *, ranks: int = 0, model=None, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None, **arguments) -> tuple:
+    """Processes, parts of a batch on each, and the adapters' configuration, of settings as :func:`train` takes them. ValueError if it would not,
+    of ``model`` or of ``ranks`` processes, if told.
+    """
+    ranks, known = ranks or int(os.environ.get("WORLD_SIZE", 1)), {f.name for f in fields(TrainingArguments)}
+    for odd, why in ((arguments.keys() & {*FIXED}, "the call itself sets"), (arguments.keys() - known, "nobody knows")):
+        if odd:
+            raise ValueError(f"training has {', '.join(sorted(odd))}, which {why}; allowed: warmup, micro_batch, lora, or what else TrainingArguments takes.")
+    for name, known, value in (("lr_scheduler_type", SchedulerType, "linear"), ("optim", OptimizerNames, "adamw_torch")):
+        check(name, arguments.get(name, value), str, ", ".join(found := [kind.value for kind in known]), found.__contains__)
     check("warmup", warmup, float, "a share of the steps, from 0 to 1", lambda v: 0 <= v <= 1)
     check("micro_batch", micro_batch or batch_size, int, "a whole number from 1", lambda v: v >= 1)
     parts = math.ceil(batch_size / ranks / (micro_batch or batch_size))
     if batch_size % (ranks * parts):
         raise ValueError(f"batch_size={batch_size} does not split over {ranks} processes into {parts} equal parts; allowed: a multiple of both.")
     try:
-        return ranks, parts, None if lora is None else peft().LoraConfig(task_type="CAUSAL_LM", **lora)
-    except TypeError as error:
-        raise ValueError(f"lora={lora!r} is not allowed ({error}); allowed: settings of peft.LoraConfig.") from error
+        adapters = None if lora is None else peft().LoraConfig(task_type="CAUSAL_LM", **lora)
+        if adapters and model is not None:
+            peft().get_peft_model(model, adapters).unload()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora={lora!r} is not allowed ({str(error).splitlines()[0]}); allowed: settings of peft.LoraConfig that fit the model.") from error
+    return ranks, parts, adapters
 
 
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
@@ -164,14 +172,14 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
     the steps, then linear decay to zero. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
     which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``.
     """
-    ranks, parts, adapters = check_training(batch_size, warmup, micro_batch, lora, **arguments)
+    ranks, parts, adapters = check_training(batch_size, warmup=warmup, micro_batch=micro_batch, lora=lora, **arguments)
     whole = model
     if adapters is not None:
         set_seed(seed)  # adapters are drawn here
         model = peft().get_peft_model(model, adapters)
     usual = {"lr_scheduler_type": "linear", "warmup_steps": round(warmup * steps), "weight_decay": 0.0, "dataloader_pin_memory": torch.accelerator.is_available(),
              "report_to": [], "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
-    args = TrainingArguments(**dict(zip(FIXED, (str(output_dir), steps, batch_size // ranks // parts, learning_rate, parts, seed, "sequential", False, "no"))),
+    args = TrainingArguments(**dict(zip(FIXED, (str(output_dir), steps, batch_size // ranks // parts, learning_rate, parts, seed, "sequential", False, "no", 1, "no", 0))),
                              **{**usual, **arguments})
     if args.n_gpu > 1:  # one device a process: KDLIB_LAUNCH starts more processes
         args._n_gpu = 1

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdlib
-from kdlib import stats
+from kdlib import results, stats
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,11 @@ def shelf(tmp_path_factory):
     return root
 
 
-def call(shelf, output_dir, student="meta-llama/Llama-3.2-1B", **more):
-    models = shelf / "models"
+def call(shelf, output_dir, **more):
+    models, student = shelf / "models", "meta-llama/Llama-3.2-1B"
     settings = {"template": "tulu", "max_length": 128, "batch_size": 16, "learning_rate": {"sft": 1e-3, "kd": 2e-3}, "seeds": [0, 1], "test_rows": 20}
-    given = {"dataset": shelf / "data" / "tulu-3-sft-mixture", "teacher": models / "allenai/Llama-3.1-Tulu-3-8B-SFT", **settings, **more}
-    return kdlib.distill(models / student, output_dir=output_dir, **given)
+    given = {"output_dir": output_dir, "dataset": shelf / "data" / "tulu-3-sft-mixture", "teacher": models / "allenai/Llama-3.1-Tulu-3-8B-SFT", **settings, **more}
+    return kdlib.distill(**{"student": models / student, **given})
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,12 @@ def test_a_second_call_trains_nothing_and_finds_the_same(done, shelf):
     ({"max_length": 8}, "max_length=8 is not allowed; allowed: a whole number from 16"), ({"validation_rows": 0}, "validation_rows=0 is not allowed"),
     ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed; allowed: a number above 0"), ({"learning_rate": "x"}, "learning_rate='x' has type str"),
     ({"training": {"nonsense": 1}}, "training has nonsense, which nobody knows; allowed: warmup, micro_batch, lora"), ({"training": 3}, "training=3 has type int"),
-    ({"training": {"max_steps": 5}}, "training has max_steps, which the call itself sets"), ({"training": {"micro_batch": 3}}, "batch_size=16 does not split over 1 processes into 6"),
+    ({"training": {"max_steps": 5, "nonsense": 1}}, "training has max_steps, which the call itself sets"), ({"training": {"batch_size": 4}}, "training has batch_size, which nobody"),
+    ({"training": {"optim": "nope"}}, "optim='nope' is not allowed; allowed: adamw_torch"), ({"training": {"lr_scheduler_type": "nope"}}, "lr_scheduler_type='nope' is not .*cosine"),
+    ({"training": {"lora": {"r": 4, "target_modules": ["nope"]}}}, r"lora=.*'nope'.* is not allowed .*peft.LoraConfig that fit the model"), ({"training": {1: 2}}, r"training=\{1: 2\} is not"),
+    ({"training": {"lora": {"target_modules": {"q_proj"}}}}, "training=.* is not allowed; allowed: settings of kdlib"), ({"student": "./none"}, "student='./none' is not allowed"),
+    ({"dataset": {"local": "none.jsonl"}}, r"source\['local'\]='none.jsonl' is not allowed; allowed: a path that is there"), ({"dataset": {"hub": 3}}, r"source\['hub'\]=3 has type int"),
+    ({"dataset": {"hub": "a/b", "category_in_id": ".*"}}, r"source\['category_in_id'\]='\.\*' is not allowed; allowed: a pattern with a group"), ({"output_dir": 3}, "output_dir=3 has type int"), ({"training": {"micro_batch": 3}}, "batch_size=16 does not split over 1 processes into 6"),
     ({"training": {"warmup": "a"}}, "warmup='a' has type str"), ({"training": {"lora": {"rr": 3}}}, r"lora=\{'rr': 3\} is not allowed .*peft.LoraConfig"),
     ({"learning_rate": {"sft": 1.0, "kd": 1.0, "dk": 1.0}}, "'dk': 1.0} is not allowed; allowed: a number, or one for sft"), ({"learning_rate": float("inf")}, "learning_rate=inf is not"),
     ({"epochs": float("inf")}, "epochs=inf is not allowed"), ({"seeds": [0, 2**33]}, r"seeds=\[0, 8589934592\] is not allowed"),
@@ -90,11 +95,28 @@ def test_a_second_call_trains_nothing_and_finds_the_same(done, shelf):
     ({"cache": {"form": "sampled"}, "kind": "reverse_kl"}, "kind='reverse_kl' with a sampled cache would be biased"),
     ({"alpha": 2.0}, "alpha=2.0 is not allowed"), ({"template": "vicuna"}, "template='vicuna' is not allowed; allowed: tulu, chatml"),
     ({"template": None}, "The tokenizer of '.*Llama-3.2-1B' has no chat template; allowed: a template of kdlib's"),
-    ({"template": None, "student": "allenai/Llama-3.1-Tulu-3-8B"}, "The chat template of '.*Tulu-3-8B' marks no assistant tokens; allowed: a template of kdlib's")])
-def test_what_does_not_fit_is_said_before_any_training(shelf, tmp_path, change, message):
+    ({"template": None, "student": "TULU"}, "The chat template of '.*Tulu-3-8B' marks no assistant tokens; allowed: a template of kdlib's")])
+def test_what_does_not_fit_is_said_before_any_training(shelf, tmp_path, monkeypatch, change, message):
+    monkeypatch.delenv("KDLIB_DATA", raising=False)
+    change = {**change, **({"student": shelf / "models" / "allenai/Llama-3.1-Tulu-3-8B"} if change.get("student") == "TULU" else {})}
     with pytest.raises(ValueError, match=message):
-        call(shelf, tmp_path / "out", **change)
+        call(shelf, **{"output_dir": tmp_path / "out", **change})
     assert not list(tmp_path.rglob("runs/*.json"))
+
+
+def test_processes_that_cannot_share_a_batch_are_refused_first(shelf, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_LAUNCH", str(results.REPOSITORY / "kdlib" / "accelerate" / "processors.yaml"))
+    with pytest.raises(ValueError, match="batch_size=9 does not split over 2 processes into 1 equal parts"):
+        call(shelf, tmp_path / "out", batch_size=9)
+    monkeypatch.setenv("KDLIB_LAUNCH", "/nope.yaml")
+    with pytest.raises(ValueError, match="KDLIB_LAUNCH='/nope.yaml' is no Accelerate configuration that can be read"):
+        call(shelf, tmp_path / "out")
+    monkeypatch.delenv("KDLIB_LAUNCH")
+    monkeypatch.setenv("KDLIB_DATA", str(shelf / "data"))
+    for change, message in (({"split": "test"}, "split='test' is not allowed; allowed: train, of a file"),
+                            ({"output_dir": shelf / "data" / "tulu-3-sft-mixture" / "out"}, "output_dir='.*' lies in the dataset's folder")):
+        with pytest.raises(ValueError, match=message):
+            call(shelf, **{"output_dir": tmp_path / "out", "dataset": "tulu-3-sft-mixture", **change})
 
 
 def test_rows_that_no_model_reads_and_models_that_are_none_are_refused(shelf, tmp_path):
@@ -121,6 +143,7 @@ def test_rows_that_no_model_reads_and_models_that_are_none_are_refused(shelf, tm
     for file in student.glob("token*"):
         shutil.copy(file, adapters)
     for model, message in ((spoilt("short", max_position_embeddings=20), "student='.*short' reads 20 tokens, and some rows have [0-9]+; allowed: max_length up to 20"),
+                           (spoilt("unmarked", model_type="bert", architectures=None), "unmarked' is a bert; allowed: models that predict the next"),
                            (spoilt("masked", architectures=["LlamaForSequenceClassification"]), "masked' is a LlamaForSequenceClassification; allowed: models that predict the next"),
                            (lacking, f"lacking' lacks 1 of its weights, {gone} among them"), (adapters, "adapters' holds adapters to a model; allowed: a whole model")):
         with pytest.raises(ValueError, match=message):

@@ -196,7 +196,7 @@ def test_answers_are_to_prompts_as_training_reads_them(teacher, tokenizer, asked
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **how: read.extend(prompts) or real(model, prompts, **how))
     answered = write_answers(tmp_path / "a", teacher, tokenizer, rendered, max_new_tokens=8)
     for change, message in (({"shard_rows": 0}, "shard_rows=0 is not allowed; allowed: a whole number from 1"), ({"temperature": -1.0}, "temperature=-1.0 is not"),
-                            ({"max_new_tokens": 0}, "max_new_tokens=0 is not"), ({"rows": rendered.select([])}, r"columns of rows=\[\] is not allowed; allowed: id and messages")):
+                            ({"max_new_tokens": 0}, "max_new_tokens=0 is not"), ({"rows": [{"id": "r", "messages": [{"role": "assistant", "content": "a"}]}]}, "Row 'r' asks nothing; allowed: messages with"), ({"rows": rendered.select([])}, r"columns of rows=\[\] is not allowed; allowed: id and messages")):
         with pytest.raises(ValueError, match=message):
             write_answers(tmp_path / "b", teacher, tokenizer, **{"rows": rendered, "max_new_tokens": 8, **change})
     (tmp_path / "theirs").mkdir()

@@ -186,6 +186,8 @@ def test_a_template_that_names_no_column_is_refused():
     row = {"id": "r7", "question": "why", "context": "c", "answer": "so"}
     with pytest.raises(ValueError, match=r"here: row 'r7' does not fit the source's templates \('contxt' is undefined\); its columns are id, question, context, answer"):
         text.to_messages(row, "here", source)
+    optional = "{{ question }}{% if contxt %} {{ contxt }}{% endif %}{{ more or '' }}?"
+    assert text.to_messages(row, "here", {**source, "prompt": optional})[0] == {"role": "user", "content": "why?"}, "what is asked for may lack"
     assert text.to_messages(row, "here", {**source, "prompt": "{{ question }}?"})[0] == {"role": "user", "content": "why?"}
 
 
