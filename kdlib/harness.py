@@ -67,7 +67,8 @@ def harness(model, tokenizer, tasks: dict[str, dict], *, batch_size: int | None 
     from lm_eval.evaluator import TaskManager, simple_evaluate
     batch_size = batch_size or (8 if model.device.type == "cpu" else 32)
     plain = {"generation_config": GenerationConfig(eos_token_id=tokenizer.eos_token_id)}  # without a model's penalties
-    with patch.multiple(model, **plain), patch.multiple(getattr(model, "get_base_model", lambda: model)(), **plain):
+    with (patch.multiple(model, **plain), patch.multiple(getattr(model, "get_base_model", lambda: model)(), **plain),
+          patch("lm_eval.evaluator.add_env_info")):  # which asks the system about itself at every call
         for (name, parts), settings in zip(found.items(), tasks.values()):
             said = simple_evaluate(
                 model="hf", model_args=lm, batch_size=batch_size, tasks=[part for part, _ in parts.values()], bootstrap_iters=0,
