@@ -104,7 +104,7 @@ def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict
         check("learning_rate", rate, float, "a number above 0", lambda v: 0 < v < math.inf)
     check("training", training or {}, dict, "settings of kdlib.trainer.train or TrainingArguments", lambda v: all(type(k) is str for k in v) and _plain(v))
     ranks = runner.launch_settings().get("num_processes", 0)
-    trainer.check_training(batch_size, ranks=ranks, **(training or {}))
+    trainer.check_training(batch_size, ranks, **(training or {}))
     objective = vars(Objective(alpha=alpha, kind=kind, temperature=temperature))
     cache = {"form": "top_k", **check("cache", cache, dict, "settings as in presets.toml")} if cache else {"form": "top_k", "k": 64, "dtype": "float16"}
     root = store.open_folder(output_dir, "output_dir")
@@ -112,7 +112,7 @@ def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict
     tokens = models.common_vocabulary(*(models.load_tokenizer(*at, template) for at in pair), *(models.width(*at) for at in pair))
     teachers.check_cache(tokens, kind, **cache)
     ours = models.load(*pair[0], template, device="cpu")[0]  # now, since what the teacher says comes first, and may take hours
-    trainer.check_training(batch_size, ranks=ranks, model=ours, **(training or {}))
+    trainer.check_training(batch_size, ranks, ours, **(training or {}))
     del ours
     preset = Preset(name="own", source={"kind": "text", "train": source, "test": {}, "validation_rows": validation_rows, "test_rows": test_rows},
                     train_rows=10**9, max_length=max_length, prompt_length=max_length // 2, max_new_tokens=min(128, max_length // 2), vocab_size=0,

@@ -131,9 +131,10 @@ def write_answers(folder: str | Path, model, tokenizer, rows: Dataset | list[dic
     check("temperature", temperature, float, "a number from 0", lambda v: v >= 0)
     rows = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
     check("columns of rows", rows.column_names if len(rows) else [], list, "id and messages, of one row or more", {"id", "messages"}.issubset)
-    if empty := [r["id"] for r in rows if not r["messages"] or not prompt({"messages": r["messages"]})]:
+    asked = rows.select_columns(["id", "messages"])
+    if empty := [r["id"] for r in asked if not r["messages"] or not prompt({"messages": r["messages"]})]:
         raise ValueError(f"Row {empty[0]!r} asks nothing; allowed: messages with somebody's turn before the answer.")
-    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in rows]),
+    spec = {"teacher": weights_hash(model), **_identity(tokenizer), "rows": store.digest([store.digest([r["id"], r["messages"]]) for r in asked]),
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "shard_rows": shard_rows, **({"finish_reason": True} if finish_reason else {})}
 
     def build(work: Path, rows: list[dict], number: int) -> None:

@@ -140,7 +140,7 @@ def peft():
         raise ValueError("lora needs the package peft; pip install 'kdlib[lora]', or train all weights.") from error
 
 
-def check_training(batch_size: int, /, *, ranks: int = 0, model=None, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None, **arguments) -> tuple:
+def check_training(batch_size: int, ranks: int = 0, model=None, /, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None, **arguments) -> tuple:
     """Processes, parts of a batch on each, and the adapters' configuration, of settings as :func:`train` takes them. ValueError if it would not,
     of ``model`` or of ``ranks`` processes, if told.
     """
@@ -148,8 +148,8 @@ def check_training(batch_size: int, /, *, ranks: int = 0, model=None, warmup: fl
     for odd, why in ((arguments.keys() & {*FIXED}, "the call itself sets"), (arguments.keys() - known, "nobody knows")):
         if odd:
             raise ValueError(f"training has {', '.join(sorted(odd))}, which {why}; allowed: warmup, micro_batch, lora, or what else TrainingArguments takes.")
-    for name, known, value in (("lr_scheduler_type", SchedulerType, "linear"), ("optim", OptimizerNames, "adamw_torch")):
-        check(name, arguments.get(name, value), str, ", ".join(found := [kind.value for kind in known]), found.__contains__)
+    for name, kinds, value in (("lr_scheduler_type", SchedulerType, "linear"), ("optim", OptimizerNames, "adamw_torch")):
+        check(name, arguments.get(name, value), str, ", ".join(found := [kind.value for kind in kinds]), found.__contains__)
     check("warmup", warmup, float, "a share of the steps, from 0 to 1", lambda v: 0 <= v <= 1)
     check("micro_batch", micro_batch or batch_size, int, "a whole number from 1", lambda v: v >= 1)
     parts = math.ceil(batch_size / ranks / (micro_batch or batch_size))
