@@ -24,7 +24,8 @@ def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | No
     identifier = results.run_id(config)
     with store.lock(root, identifier):
         if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not ((keep / "config.json").is_file() and any(keep.glob("*.safetensors")))):
-            results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, config, METRICS[metric], keep)})
+            results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, identifier, config, METRICS[metric], keep)})
+            stages.finished(root, identifier)
 
 
 @lru_cache(maxsize=32)
@@ -35,12 +36,12 @@ def _scores_of(root: Path, teacher: str, split: str) -> dict[str, torch.Tensor]:
     return kdlib.evaluate.token_scores(stages.open_model(root, spec)[0], rows, known.tokenizer.pad_token_id, entropy=True)
 
 
-def _train_and_evaluate(root: Path, config: dict, metric, keep: Path | None) -> dict:
+def _train_and_evaluate(root: Path, identifier: str, config: dict, metric, keep: Path | None) -> dict:
     wall, cpu, spec, seen = time.perf_counter(), time.process_time(), data_of(config), []
     known, split, tuned = stages.read_data(root, spec), config["evaluate"]["on"], teacher_of(config)
     student, tokenizer = stages.open_model(root, config["start"], **stages.TRAINED)
-    for phase in config["phases"]:
-        rows, loss = stages.tune(root, student, tokenizer, phase, spec)
+    for number, phase in enumerate(config["phases"]):
+        rows, loss = stages.tune(root, student, tokenizer, phase, spec, stages.checkpoints(root, identifier, number))
         seen.append(rows)
     if keep:  # whole or not at all
         shutil.rmtree(work := keep.with_name(f".{keep.name}.unfinished"), ignore_errors=True)

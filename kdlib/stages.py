@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -155,16 +154,26 @@ def read_rows(root: Path, parts: list[dict], spec: dict) -> tuple[data.Rows, lis
     return data.Rows(sets), found, judged
 
 
-def tune(root: Path, model, tokenizer, phase: dict, spec: dict, save_to: Path | None = None) -> tuple[data.Rows, float]:
-    """Train ``model`` as ``phase`` says on data of ``spec``. Returns the rows as seen and the loss. With an Accelerate configuration in
-    KDLIB_LAUNCH, in as many processes as that says; ``save_to`` is where those leave the model.
+def checkpoints(root: Path, name: str, phase: int = 0) -> Path:
+    """Where the training of a run or model ``name`` keeps what it needs to go on, until ``finished``."""
+    return root / ".cache" / f"training-{name}" / str(phase)
+
+
+def finished(root: Path, name: str) -> None:
+    """Drop the checkpoints of what is finished."""
+    shutil.rmtree(checkpoints(root, name).parent, ignore_errors=True)
+
+
+def tune(root: Path, model, tokenizer, phase: dict, spec: dict, at: Path, save_to: Path | None = None) -> tuple[data.Rows, float]:
+    """Train ``model`` as ``phase`` says on data of ``spec``, with checkpoints under ``at``. Returns the rows as seen and the loss. With an
+    Accelerate configuration in KDLIB_LAUNCH, in as many processes as that says; ``save_to`` is where those leave the model.
     """
     rows, skills, _ = read_rows(root, phase["rows"], spec)
     pools = _pools(phase["rows"], skills, spec)
     targets = kdlib.teachers.Cached(make(root, targets_of(phase))) if phase["teacher"] else None
     if os.environ.get("KDLIB_LAUNCH") and save_to is None:
-        return data.Rows(rows.sets, _order(pools, phase)), _launch(root, model, tokenizer, phase, spec)
-    return fit(model, tokenizer, rows.sets, pools, phase, teacher=targets, save_to=save_to,
+        return data.Rows(rows.sets, _order(pools, phase)), _launch(root, model, tokenizer, phase, spec, at)
+    return fit(model, tokenizer, rows.sets, pools, phase, at, teacher=targets, save_to=save_to,
                objective=Objective(**{f.name: phase[f.name] for f in fields(Objective) if f.name in phase}))
 
 
@@ -184,24 +193,24 @@ def _order(pools: list[list[int]], how: dict) -> list[int]:
     return data.stream(pools, how["steps"], how["batch_size"], how["seed"])
 
 
-def fit(model, tokenizer, sets: list[tuple], pools: list[list[int]], how: dict, **objective) -> tuple[data.Rows, float]:
+def fit(model, tokenizer, sets: list[tuple], pools: list[list[int]], how: dict, at: Path, **objective) -> tuple[data.Rows, float]:
     """Train on those rows of ``sets`` that ``pools`` number, equally many of each. Returns rows as seen and loss; ValueError if not finite."""
     seen = data.Rows(sets, _order(pools, how))
     settings = {k: how[k] for k in ("steps", "batch_size", "learning_rate", "seed")}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        loss = kdlib.trainer.train(model, tokenizer, seen, output_dir=scratch, **settings, **how.get("training", {}), **objective)["train_loss"]
+    with store.room_on_disk(at.parent):
+        loss = kdlib.trainer.train(model, tokenizer, seen, output_dir=at, **settings, **how.get("training", {}), **objective)["train_loss"]
     if not math.isfinite(loss):
         raise ValueError(f"Training diverged (loss {loss}) with {settings}; allowed: settings that keep it finite.")
     return seen, loss
 
 
-def _launch(root: Path, model, tokenizer, phase: dict, spec: dict) -> float:
+def _launch(root: Path, model, tokenizer, phase: dict, spec: dict, at: Path) -> float:
     """:func:`tune` in the processes that ``accelerate launch`` starts; ``model`` takes over what they made."""
     scratch = root / ".cache" / f".launch-{store.digest([phase, spec, os.getpid()])}"
     try:
         model.to("cpu").save_pretrained(scratch / "before")
         tokenizer.save_pretrained(scratch / "before")
-        (scratch / "job.json").write_text(json.dumps([str(root), phase, spec, os.getpid()]), encoding="utf-8")
+        (scratch / "job.json").write_text(json.dumps([str(root), phase, spec, str(at), os.getpid()]), encoding="utf-8")
         gc.collect()
         if torch.accelerator.is_available():  # what this process has freed is theirs
             torch.accelerator.empty_cache()
@@ -214,23 +223,24 @@ def _launch(root: Path, model, tokenizer, phase: dict, spec: dict) -> float:
 
 
 def _build_model(root: Path, spec: dict, folder: Path) -> None:
-    known = read_data(root, data_of(spec))
+    known, name = read_data(root, data_of(spec)), path(root, spec).name
     if p := spec.get("pretrain"):
         texts = corpus_of(spec["data"]).pretrain()
         blocks = data.pack(texts, known.tokenizer, p["block"], p["max_tokens"]).to_list()
         model, every = models.build_model(p["model"], known.tokenizer, p["seed"]).to(models.device()), range(len(blocks))
-        fit(model, known.tokenizer, [("text", blocks, every)], [list(every)], p)
+        fit(model, known.tokenizer, [("text", blocks, every)], [list(every)], p, checkpoints(root, name))
     else:
         model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
-        for phase in spec.get("phases", ()):
-            tune(root, model, known.tokenizer, phase, data_of(spec))
+        for number, phase in enumerate(spec.get("phases", ())):
+            tune(root, model, known.tokenizer, phase, data_of(spec), checkpoints(root, name, number))
     if "hub" in spec:
         _write_commits(folder, _commit(spec["hub"], spec["revision"]))
     else:
         model.save_pretrained(folder)
         known.tokenizer.save_pretrained(folder)
-    own = {name: score(model, known, name)[0] for name in scored_on(spec, known.held)}
+    own = {held: score(model, known, held)[0] for held in scored_on(spec, known.held)}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
+    finished(root, name)
 
 
 def score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict]:
@@ -288,7 +298,7 @@ def _build_scores(root: Path, spec: dict, folder: Path) -> None:
 
 if __name__ == "__main__":  # one of the processes that _launch starts
     where = Path(sys.argv[1])
-    base, wanted, about, parent = json.loads((where / "job.json").read_text(encoding="utf-8"))
+    base, wanted, about, at, parent = json.loads((where / "job.json").read_text(encoding="utf-8"))
     runner.end_with(parent)
-    _, final = tune(Path(base), *models.load(where / "before", device="cpu"), wanted, about, where / "after")
+    _, final = tune(Path(base), *models.load(where / "before", device="cpu"), wanted, about, Path(at), where / "after")
     store.write_atomic(where / "loss.json", json.dumps(final))

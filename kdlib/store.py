@@ -88,7 +88,7 @@ def room_on_disk(folder: str | Path):
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)  # as safetensors puts it
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(said in str(error) for said in ("os error 28", "PytorchStreamWriter"))  # safetensors, torch.save
         if not full or "The disk is full" in str(error):  # said already
             raise
         raise OSError(errno.ENOSPC, f"The disk is full under {folder}; free some of it and run again: what was finished is kept.") from error

@@ -1,15 +1,17 @@
 """DistillationTrainer: ``transformers.Trainer`` with a teacher; supervised fine-tuning is ``alpha=0``."""
 
+import json
 import math
 import os
 import random
+from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithPadding, PrinterCallback, SchedulerType, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
 from kdlib import inference
@@ -19,7 +21,7 @@ from kdlib.presets import check
 from kdlib.teachers import Live
 
 FIXED = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "gradient_accumulation_steps", "seed", "train_sampling_strategy",
-         "remove_unused_columns", "save_strategy", "num_train_epochs", "eval_strategy", "label_smoothing_factor")  # of TrainingArguments, which train sets
+         "remove_unused_columns", "num_train_epochs", "eval_strategy", "label_smoothing_factor", "save_strategy")  # of TrainingArguments, which train sets
 
 
 class DistillationTrainer(Trainer):
@@ -151,7 +153,8 @@ def check_training(batch_size: int, ranks: int = 0, model=None, /, warmup: float
     for name, kinds, value in (("lr_scheduler_type", SchedulerType, "linear"), ("optim", OptimizerNames, "adamw_torch")):
         check(name, arguments.get(name, value), str, ", ".join(found := [kind.value for kind in kinds]), found.__contains__)
     check("warmup", warmup, float, "a share of the steps, from 0 to 1", lambda v: 0 <= v <= 1)
-    check("micro_batch", micro_batch or batch_size, int, "a whole number from 1", lambda v: v >= 1)
+    for name, value in (("micro_batch", micro_batch or batch_size), ("save_steps", arguments.get("save_steps", 1))):
+        check(name, value, int, "a whole number from 1", lambda v: v >= 1)
     parts = math.ceil(batch_size / ranks / (micro_batch or batch_size))
     if batch_size % (ranks * parts):
         raise ValueError(f"batch_size={batch_size} does not split over {ranks} processes into {parts} equal parts; allowed: a multiple of both.")
@@ -164,13 +167,30 @@ def check_training(batch_size: int, ranks: int = 0, model=None, /, warmup: float
     return ranks, parts, adapters
 
 
+class _LogsAsItSaves(TrainerCallback):
+    """A checkpoint's state knows the losses of all steps before it."""
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_log |= control.should_save
+
+
+def _checkpoint(folder: str | Path) -> Path | None:
+    """The last checkpoint in ``folder`` that is whole, its state having been written last."""
+    for state in sorted(Path(folder).glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime, reverse=True):
+        with suppress(ValueError):
+            json.loads(state.read_text(encoding="utf-8"))
+            return state.parent
+    return None
+
+
 def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, learning_rate: float, seed: int, output_dir: str | Path,
           teacher=None, objective: Objective | None = None, warmup: float = 0.05, micro_batch: int | None = None, lora: dict | None = None,
           save_to: str | Path | None = None, **arguments) -> dict:
     """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log. ``rows`` holds ``steps *
     batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
     the steps, then linear decay to zero. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
-    which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``.
+    which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``: with ``save_steps``
+    among them a checkpoint lies in ``output_dir`` after so many steps each and after the last, from which the same call goes on.
     """
     ranks, parts, adapters = check_training(batch_size, warmup=warmup, micro_batch=micro_batch, lora=lora, **arguments)
     whole = model
@@ -179,14 +199,19 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
         model = peft().get_peft_model(model, adapters)
     usual = {"lr_scheduler_type": "linear", "warmup_steps": round(warmup * steps), "weight_decay": 0.0, "dataloader_pin_memory": torch.accelerator.is_available(),
              "report_to": [], "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
-    args = TrainingArguments(**dict(zip(FIXED, (str(output_dir), steps, batch_size // ranks // parts, learning_rate, parts, seed, "sequential", False, "no", 1, "no", 0))),
-                             **{**usual, **arguments})
+    if saves := "save_steps" in arguments:
+        usual["save_total_limit"] = 1
+    fixed = (str(output_dir), steps, batch_size // ranks // parts, learning_rate, parts, seed, "sequential", False, 1, "no", 0, "steps" if saves else "no")
+    args = TrainingArguments(**dict(zip(FIXED, fixed)), **{**usual, **arguments})
     if args.n_gpu > 1:  # one device a process: KDLIB_LAUNCH starts more processes
         args._n_gpu = 1
     trainer = DistillationTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id, pack=True),
-                                  processing_class=tokenizer, teacher=teacher, objective=objective)
+                                  processing_class=tokenizer, teacher=teacher, objective=objective, callbacks=[_LogsAsItSaves()])
     trainer.remove_callback(PrinterCallback)
-    metrics = trainer.train().metrics
+    metrics = trainer.train(_checkpoint(output_dir) if saves else None).metrics
+    if saves:  # the Trainer's own is of the steps since it went on
+        losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+        metrics["train_loss"] = sum(loss * (step - before) for (step, loss), (before, _) in zip(losses, [(0, 0), *losses])) / steps
     if ranks > 1:  # each knows its own rows' loss
         metrics["train_loss"] = float(trainer.accelerator.reduce(torch.tensor(metrics["train_loss"], device=args.device), "mean"))
     if lora is not None:

@@ -75,7 +75,7 @@ def test_a_second_call_trains_nothing_and_finds_the_same(done, shelf):
     ({"batch_size": 4.5}, "batch_size=4.5 has type float; allowed: a whole number from 1"), ({"batch_size": 0}, "batch_size=0 is not allowed"),
     ({"max_length": 8}, "max_length=8 is not allowed; allowed: a whole number from 16"), ({"validation_rows": 0}, "validation_rows=0 is not allowed"),
     ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed; allowed: a number above 0"), ({"learning_rate": "x"}, "learning_rate='x' has type str"),
-    ({"training": {"nonsense": 1}}, "training has nonsense, which nobody knows; allowed: warmup, micro_batch, lora"), ({"training": 3}, "training=3 has type int"),
+    ({"training": {"nonsense": 1}}, "training has nonsense, which nobody knows; allowed: warmup, micro_batch, lora"), ({"training": 3}, "training=3 has type int"), ({"training": {"save_steps": 0.5}}, "save_steps=0.5 has type float; allowed: a whole number from 1"),
     ({"training": {"max_steps": 5, "nonsense": 1}}, "training has max_steps, which the call itself sets"), ({"training": {"batch_size": 4, "model": 1, "ranks": 2}}, "training has batch_size, model, ranks, which nobody"),
     ({"training": {"optim": "nope"}}, "optim='nope' is not allowed; allowed: adamw_torch"), ({"training": {"lr_scheduler_type": "nope"}}, "lr_scheduler_type='nope' is not .*cosine"),
     ({"training": {"lora": {"r": 4, "target_modules": ["nope"]}}}, r"lora=.*'nope'.* is not allowed .*peft.LoraConfig that fit the model"), ({"training": {1: 2}}, r"training=\{1: 2\} is not"),

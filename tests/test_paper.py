@@ -17,11 +17,16 @@ from kdlib import data, evaluate, jobs, models, results, specs, stages, stats, s
 
 CONFIGURATIONS = results.REPOSITORY / "kdlib" / "accelerate"
 
-# Accelerate shards on accelerators alone; and a file says what became of the parameters.
+# Accelerate shards on accelerators alone; a file says what became of the parameters; and all processes die at a step, if told.
 SHARDING = """
 import os, torch
-from accelerate import Accelerator, state
-begin, prepare = state.AcceleratorState.__init__, Accelerator.prepare
+from accelerate import Accelerator, optimizer, state
+begin, prepare, step, left = state.AcceleratorState.__init__, Accelerator.prepare, optimizer.AcceleratedOptimizer.step, [int(os.environ.get("KDLIB_DIES", 0))]
+def stepped(self, *args, **more):
+    left[0] -= 1
+    if left[0] == 0:
+        os._exit(1)
+    return step(self, *args, **more)
 def init(self, *args, **more):
     if state.PartialState(cpu=True).distributed_type == state.DistributedType.MULTI_CPU and "ACCELERATE_USE_FSDP" in os.environ:
         state.PartialState._shared_state["distributed_type"] = state.DistributedType.MULTI_GPU
@@ -32,7 +37,7 @@ def prepared(self, *args, **more):
         with open(os.environ["KDLIB_TOLD"] + os.environ["RANK"], "w") as file:
             file.write(" ".join(sorted({f"{type(p).__name__}-{p.numel() // getattr(p, 'to_local', lambda p=p: p)().numel()}" for p in model.parameters()})))
     return found
-state.AcceleratorState.__init__, Accelerator.prepare = init, prepared
+state.AcceleratorState.__init__, Accelerator.prepare, optimizer.AcceleratedOptimizer.step = init, prepared, stepped
 """
 
 
@@ -103,7 +108,7 @@ def alone(shelf, tmp_path_factory):
     root = store.open_folder(tmp_path_factory.mktemp("alone"))
     labels, config = next(run for run in few("paper", shelf[1], root).runs if run[0]["method"] == "kd" and run[0]["budget"] == 128)
     own = json.loads(json.dumps(config | {"evaluate": {"on": "test"}}))
-    own["phases"][0] |= {"training": {"micro_batch": 8}, "steps": 6, "batch_size": 32, "learning_rate": 1e-2}
+    own["phases"][0] |= {"training": {"micro_batch": 8, "save_steps": 2}, "steps": 6, "batch_size": 32, "learning_rate": 1e-2}
     own["start"]["data"]["max_new_tokens"] = own["phases"][0]["teacher"]["data"]["max_new_tokens"] = 8
     jobs.execute(root, labels, own, "accuracy")
     return labels, own, results.read_record(results.record_path(root, "paper", results.run_id(own)))
@@ -118,7 +123,14 @@ def test_two_processes_train_as_one_does(alone, tmp_path, monkeypatch, configura
     (tmp_path / "sitecustomize.py").write_text(SHARDING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("KDLIB_TOLD", str(tmp_path / "parameters-"))
+    if configuration == "fsdp":  # stopped on its way, it goes on from there
+        monkeypatch.setenv("KDLIB_DIES", "4")
+        with pytest.raises(RuntimeError):
+            jobs.execute(root, labels, own, "accuracy")
+        assert [p.name for p in stages.checkpoints(root, results.run_id(own)).iterdir()] == ["checkpoint-2"]
+    monkeypatch.setenv("KDLIB_DIES", "6" if configuration == "fsdp" else "0")  # of six steps two are done, and one of none loads the optimizer
     jobs.execute(root, labels, own, "accuracy")
+    assert not list((root / ".cache").glob("training-*"))
     kinds = {"fsdp": "DTensor-2", "processors": "Parameter-1"}
     assert [p.read_text() for p in sorted(tmp_path.glob("parameters-*"))] == [kinds[configuration]] * 2, "halves of what is sharded, on both"
     together = results.read_record(results.record_path(root, "paper", results.run_id(own)))

@@ -317,7 +317,7 @@ def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     monkeypatch.setattr(trainer, "train", lambda model, tokenizer, rows, **how: seen.append(rows) or {"train_loss": 0.0})
     configs = plan(tiny_root).configs
     for config in (configs[0], configs[1], configs[4]):  # SFT and KD at the small budget, SFT at the large one
-        jobs._train_and_evaluate(tiny_root, config, METRICS["accuracy"], None)
+        jobs._train_and_evaluate(tiny_root, "a-run", config, METRICS["accuracy"], None)
     small, paired, large = [[tuple(r["input_ids"]) for r in rows] for rows in seen]
     assert small == paired and len(small) == TINY.steps * TINY.batch_size
     assert len(set(small)) <= 20 < len(set(large))

@@ -249,6 +249,41 @@ def test_the_same_seed_gives_the_same_weights(student, teacher, rows, tmp_path, 
     assert distance(fit(student, rows, tmp_path, tokenizer, **options), fit(student, rows, tmp_path, tokenizer, **options)) == 0
 
 
+@pytest.mark.parametrize("adapters", [{}, {"lora": {"r": 4, "target_modules": "all-linear"}}])
+def test_a_killed_training_goes_on_from_its_last_whole_checkpoint_to_the_same_digits(student, teacher, rows, tmp_path, tokenizer, monkeypatch, adapters):
+    if adapters:
+        pytest.importorskip("peft")
+    losses, steps, step = [], [], trainer.DistillationTrainer.training_step
+
+    def trained(folder, killed_at=None):
+        def kill(self, *args, **more):
+            if self.state.global_step == killed_at:
+                raise KeyboardInterrupt
+            steps.append(self.state.global_step)
+            return step(self, *args, **more)
+
+        steps.clear()
+        monkeypatch.setattr(trainer.DistillationTrainer, "training_step", kill)
+        learner = copy.deepcopy(student)
+        losses.append(trainer.train(learner, tokenizer, [rows[i] for i in range(42)], steps=7, batch_size=6, learning_rate=1e-2, seed=0, output_dir=folder,
+                                    teacher=Live(teacher, tokenizer), objective=Objective(0.5), save_steps=2, use_cpu=True, **adapters)["train_loss"])
+        return weights(learner)
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", killed_at=5)
+    assert [p.name for p in (tmp_path / "killed").iterdir()] == ["checkpoint-4"], "no older ones"
+    (torn := tmp_path / "killed" / "checkpoint-6").mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 6,')
+    after = trained(tmp_path / "killed")
+    assert steps == [4, 5, 6] and distance(after, whole) == 0 < distance(whole, weights(student))
+    again = trained(tmp_path / "killed")
+    assert not steps and distance(again, whole) == 0 and losses[0] == losses[1] == losses[2]
+    without = trainer.train(copy.deepcopy(student), tokenizer, [rows[i] for i in range(42)], steps=7, batch_size=6, learning_rate=1e-2, seed=0, use_cpu=True,
+                            output_dir=tmp_path / "none", teacher=Live(teacher, tokenizer), objective=Objective(0.5), **adapters)
+    assert losses[0] == pytest.approx(without["train_loss"], rel=1e-6) and not list((tmp_path / "none").iterdir())
+
+
 def test_a_batch_without_responses_gives_zero(student, teacher, rows, tmp_path, tokenizer):
     batch = batch_of(rows, 2)
     batch["labels"][:] = -100
