@@ -111,11 +111,12 @@ def found(root: Path) -> str:
     largest = cells[cells.budget == cells.budget.max()].groupby("teacher").gap.mean()
     score = teacher.groupby("teacher").teacher_accuracy.mean()
     labels = told.groupby("budget").label_accuracy.mean()
-    lines = [f"the gap (KD − SFT) is above δ in {(cells.gap > delta).sum()} and below −δ in {(cells.gap < -delta).sum()} of {len(cells)} cells of world, "
-             f"teacher and budget; it runs from {cells.gap.min():+.3f} to {cells.gap.max():+.3f}",
+    lines = [f"the mean gap (KD − SFT) is above δ in {(cells.gap > delta).sum()} and below −δ in {(cells.gap < -delta).sum()} of {len(cells)} cells of world, "
+             f"teacher and budget, from {cells.gap.min():+.3f} to {cells.gap.max():+.3f}; its 95% interval over seeds, not adjusted, lies above zero in "
+             f"{(cells.ci_low > 0).sum()}",
              f"at {cells.budget.max():,} examples, in means over worlds, SFT students are right {student.sft:.1%} of the time; KD adds " + ", ".join(
                  f"{largest[t]:+.3f} from the {t} teacher ({score[t]:.1%} right)" for t in ("weak", "base", "strong")),
-             f"of {best.cells.sum()} pairs of world and budget the best teacher, by its students' mean, is " + ", ".join(f"{r.teacher} in {r.cells}" for r in best.itertuples()),
+             f"of {best.cells.sum()} pairs of world and budget, which are not independent, the best teacher, by its students' mean, is " + ", ".join(f"{r.teacher} in {r.cells}" for r in best.itertuples()),
              f"students take {preset.steps:,} steps; the weak teacher is the same base model after {preset.teachers['weak']['tuning']['steps']:,} steps of SFT on all "
              f"{preset.train_rows:,} rows, and {score.weak:.1%} right where KD from the strong teacher gives {student['kd strong']:.1%}",
              f"with {' / '.join(f'{b:,}' for b in labels.index)} human annotations {' / '.join(f'{v:.0%}' for v in labels)} of the domain teachers' labels "
@@ -133,7 +134,7 @@ def found(root: Path) -> str:
     lines.append(f"that rule is right in {(rule.right * rule.cells).sum():.0f} of the {rule.cells.sum()} cells it was fitted to; fitted without a world, in "
                  f"{(left.right * left.cells).sum():.0f} of {left.cells.sum()} cells of the worlds left out, with a root mean squared error of {error:.3f}")
     if (cells.gap > delta).nunique() == 1:
-        lines.append("every measured gap lies on the same side of δ: no cell argues for another answer, and no threshold is established")
+        lines.append(f"every measured gap lies on the same side of δ: one answer for all is right in {len(cells)} of {len(cells)} cells, and no threshold is established")
     return "\n".join(f"* {line[0].upper()}{line[1:]}." for line in lines)
 
 

@@ -60,6 +60,15 @@ def shorten_prompt(ids: list[int], labels: list[int], prompt_length: int) -> tup
     return ids, labels
 
 
+def own_words(row: dict, max_length: int) -> dict:
+    """A row with its last answer alone to learn, for earlier ones are others', without the end of one that did not come to it, and so with
+    nothing to learn of one that a server refused; read again, words may be more tokens than they were said in.
+    """
+    first, last = [(start, end) for start, end in stretches(row["labels"]) if row["labels"][start] != IGNORE][-1]
+    end = min(max_length, last - 1 if row.get("finish_reason") in ("length", "refused", "content_filter") else len(row["labels"]))
+    return {"input_ids": row["input_ids"][:end], "labels": ([IGNORE] * first + row["labels"][first:])[:end]}
+
+
 def processes(rows: int) -> int | None:
     """How many processes are worth starting for so many rows, on the cores that this one may use; None for none beside it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -134,8 +143,10 @@ def nested_order(skills: list[str], seed: int) -> list[int]:
     """A seeded order of the rows, skills spread evenly, whose prefixes are the nested budgets of one seed."""
     rng = random.Random(f"budget {seed}")
     placed = []
-    for skill in dict.fromkeys(skills):
-        rows = [i for i, s in enumerate(skills) if s == skill]
+    by_skill = {}
+    for i, skill in enumerate(skills):
+        by_skill.setdefault(skill, []).append(i)
+    for rows in by_skill.values():
         rng.shuffle(rows)
         placed += [((j + rng.random()) / len(rows), i) for j, i in enumerate(rows)]
     return [i for _, i in sorted(placed)]
@@ -162,6 +173,10 @@ class Rows(Sequence):
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def once(self) -> "Rows":
+        """Those that come, each once."""
+        return Rows(self.sets, sorted({*self.order}))
 
     def __getitem__(self, place):
         if isinstance(place, slice):

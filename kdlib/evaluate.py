@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from kdlib.data import IGNORE, Collator, stretches
 from kdlib.inference import generate, response_logits, response_rows
+from kdlib.models import size_of
 
 
 def replies(model, tokenizer, asked: list[list], max_new_tokens: int, temperature: float = 0.0) -> tuple[list[str], list[str]]:
@@ -16,7 +17,7 @@ def replies(model, tokenizer, asked: list[list], max_new_tokens: int, temperatur
     """
     prompts = [c if isinstance(c[0], int) else tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in asked]
     answers = generate(model, prompts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                       eos_token_id=tokenizer.eos_token_id, temperature=temperature)
+                       eos_token_id=tokenizer.eos_token_id, temperature=temperature, vocabulary=size_of(tokenizer))
     return tokenizer.batch_decode(answers, skip_special_tokens=True), ["stop" if tokenizer.eos_token_id in a else "length" for a in answers]
 
 
@@ -36,18 +37,20 @@ def accuracy(model, tokenizer, rows: Dataset, verify, max_new_tokens: int) -> li
 
 
 @torch.inference_mode()
-def token_scores(model, rendered: list[dict], pad_token_id: int, *, entropy: bool = False) -> dict[str, torch.Tensor]:
-    """By response token: ``row``, ``nll`` and, if asked for, ``entropy`` (nats), the likeliest token ``guess``, its ``confidence``, ``correct``."""
-    collate, parts = Collator(pad_token_id), []
+def token_scores(model, rendered: list[dict], tokenizer, *, entropy: bool = False) -> dict[str, torch.Tensor]:
+    """By response token: ``row``, ``nll`` and, if asked for, ``entropy`` (nats), the likeliest token ``guess``, its ``confidence``, ``correct``,
+    all among the tokens that there are: what a head wider than them says of the rest only some methods teach.
+    """
+    collate, parts, size = Collator(tokenizer.pad_token_id), [], size_of(tokenizer)
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
     longest = max((len(r["input_ids"]) for r in rendered), default=1)
-    size = max(1, min(64, 2**28 // (longest * model.config.get_text_config().vocab_size)))  # rows whose logits are held at once
-    for start in range(0, len(order), size):
-        chunk = order[start:start + size]
+    at_once = max(1, min(64, 2**28 // (longest * model.config.get_text_config().vocab_size)))  # rows whose logits are held at once
+    for start in range(0, len(order), at_once):
+        chunk = order[start:start + at_once]
         batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
         mask, targets = response_rows(batch)
         rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
-        log_q = torch.log_softmax(response_logits(model, batch, mask).float(), -1)
+        log_q = torch.log_softmax(response_logits(model, batch, mask)[:, :size].float(), -1)
         best, guess = log_q.max(-1)
         part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "guess": guess,
                 "correct": (guess == targets).float()}
@@ -85,7 +88,7 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
         for suite, name in (("seen", "accuracy"), ("unseen", "accuracy_unseen")):
             if parts := means.get(suite, pd.Series()).to_dict():
                 metrics |= {name: sum(parts.values()) / len(parts), f"{name}_by_skill": parts}
-    scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer.pad_token_id)
+    scores = token_scores(model, rows.select_columns(["input_ids", "labels"]).to_list(), tokenizer)
     if not scores["confidence"].isfinite().all():
         raise ValueError("The model gives no finite probabilities: it has diverged; allowed: a smaller learning_rate.")
     nll = torch.zeros(len(rows)).index_add_(0, scores["row"], scores["nll"]).tolist()
@@ -96,7 +99,7 @@ def evaluate(model, tokenizer, rows: Dataset, *, verify=None, max_new_tokens: in
     metrics |= {"nll": float(scores["nll"].mean()), "bits_per_byte": bits_per_byte(nll, answers), "bits_per_byte_by_skill": by_skill,
                 "top1": float(scores["correct"].mean()), "ece": calibration_error(scores["confidence"], scores["correct"])}
     if clean is not None:
-        metrics["nll_clean"] = float(token_scores(model, clean, tokenizer.pad_token_id)["nll"].mean())
+        metrics["nll_clean"] = float(token_scores(model, clean, tokenizer)["nll"].mean())
     if teacher is not None:
         metrics |= {"teacher_nll": float(teacher["nll"].mean()), "top1_agreement": float((teacher["guess"] == scores["guess"]).float().mean()),
                     "teacher_entropy": float(teacher["entropy"].mean())}

@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def _scores_of(root: Path, teacher: str, split: str) -> dict[str, torch.Tensor]:
     """What a teacher, a specification in JSON, says of a held-out set, token by token, read once for all the runs of a process."""
     known = stages.read_data(root, data_of(spec := json.loads(teacher)))
     rows = known.rows(split).select_columns(["input_ids", "labels"]).to_list()
-    return kdlib.evaluate.token_scores(stages.open_model(root, spec)[0], rows, known.tokenizer.pad_token_id, entropy=True)
+    return kdlib.evaluate.token_scores(stages.open_model(root, spec)[0], rows, known.tokenizer, entropy=True)
 
 
 def _train_and_evaluate(root: Path, identifier: str, config: dict, metric, keep: Path | None) -> dict:
@@ -67,7 +68,8 @@ def _train_and_evaluate(root: Path, identifier: str, config: dict, metric, keep:
         if model and tasks:
             own |= json.loads((stages.make(root, {"of": model, "tasks": tasks}) / "evaluation.json").read_text(encoding="utf-8"))
         metrics |= {f"{name}_{k}": v for k, v in own.items()}
-    lengths = [(len(row["input_ids"]), sum(t != data.IGNORE for t in row["labels"][1:])) for rows in seen for row in rows]
+    lengths = [(n * len(row["input_ids"]), n * sum(t != data.IGNORE for t in row["labels"][1:]))
+               for rows in seen for i, n in Counter(rows.order).items() for row in [data.Rows(rows.sets, [i])[0]]]
     below = {n: path(root, s) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
     made, commits = {n: store.content_hash(folder) for n, folder in below.items()}, {k: v for f in below.values() for k, v in stages.commits_of(f).items()}
     provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made, **({"commits": commits} if commits else {}),

@@ -53,6 +53,11 @@ def tokens_of(tokenizer) -> dict[str, int]:
     return {t: i for t, i in tokens.items() if not (last and t == pad)}
 
 
+def size_of(tokenizer) -> int:
+    """How many of a head's columns belong to tokens; padding, of the tokenizer or of the head, lies behind them."""
+    return max(tokens_of(tokenizer).values()) + 1
+
+
 def common_vocabulary(student, teacher, student_width: int, teacher_width: int) -> int:
     """The number of tokens that two tokenizers share, id by id, padding behind them aside, of heads as of tokenizers. ValueError, naming the
     first tokens, if they are unlike.
@@ -64,7 +69,7 @@ def common_vocabulary(student, teacher, student_width: int, teacher_width: int) 
     if odd := sorted((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: (ids[t], t)):
         some = ", ".join(f"{t!r} ({ours.get(t)} and {theirs.get(t)})" for t in odd[:3])
         raise ValueError(f"Student and teacher need the same token ids, but {len(odd)} tokens differ, among them {some}.")
-    if (size := max(ours.values()) + 1) > min(student_width, teacher_width):
+    if (size := size_of(student)) > min(student_width, teacher_width):
         raise ValueError(f"The tokenizer has {size} tokens, but the student's head {student_width} and the teacher's {teacher_width}.")
     return size
 

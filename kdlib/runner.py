@@ -28,10 +28,9 @@ def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable
     starting; what runs finishes, and the error is raised.
     """
     waiting, futures = {task: {*(needs or {}).get(task, ())} & tasks.keys() for task in tasks}, {}
-    bar = tqdm(total=sum(tasks.values()) or 1, file=sys.stdout, mininterval=0, smoothing=0,
+    bar = tqdm(desc=f"0 of {len(tasks)} tasks", total=sum(tasks.values()) or 1, file=sys.stdout, mininterval=0, smoothing=0,
                bar_format="{desc}, {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left")
     with (Ray() if os.environ.get("RAY_ADDRESS") else _processes(workers)) as pool, bar:
-        bar.set_description_str(f"0 of {len(tasks)} tasks", refresh=False)
         try:
             while waiting or futures:
                 with MAIN, patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None):  # or workers would run a caller's script again

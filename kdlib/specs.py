@@ -22,7 +22,12 @@ KINDS = {"source": "data", "pretrain": "base", "hub": "base", "phases": "model",
 
 def data_of(spec: dict) -> dict:
     """The specification of the data under a model or a run."""
-    return data_of(spec["start"]) if "start" in spec else spec["data"]
+    return first_of(spec)["data"]
+
+
+def first_of(spec: dict) -> dict:
+    """The specification of the model that a model or a run was first tuned from."""
+    return first_of(spec["start"]) if "start" in spec else spec
 
 
 def targets_of(phase: dict) -> dict:

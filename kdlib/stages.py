@@ -19,7 +19,7 @@ from datasets import Dataset, load_from_disk
 import kdlib
 from kdlib import data, lab, models, runner, store, text
 from kdlib.losses import Objective
-from kdlib.specs import data_of, path, scored_on, targets_of
+from kdlib.specs import data_of, first_of, path, scored_on, targets_of
 
 SOURCES = {"lab": lab, "text": text}
 TRAINED = {"dtype": torch.float32}  # whatever the dtype of the file, since small steps vanish in bfloat16
@@ -49,7 +49,9 @@ def make(root: Path, spec: dict) -> Path:
              "scores": _build_scores}
     kind, near = path(root, spec).name.split("-")[0], [spec, *(spec[k] for k in ("start", "by", "teacher", "of") if spec.get(k))]
     origin = _source(spec, "origin")() if "source" in spec else next((models.origin(s["hub"]) for s in near if "hub" in s), None)
-    return store.artefact(root, kind, spec, partial(build[kind], root, spec), origin, resumes=kind in ("targets", "answers"))
+    made = store.artefact(root, kind, spec, partial(build[kind], root, spec), origin, resumes=kind in ("targets", "answers"))
+    finished(root, made.name)
+    return made
 
 
 def _source(spec: dict, name: str) -> Callable:
@@ -155,8 +157,8 @@ def read_rows(root: Path, parts: list[dict], spec: dict) -> tuple[data.Rows, lis
 
 
 def checkpoints(root: Path, name: str, phase: int = 0) -> Path:
-    """Where the training of a run or model ``name`` keeps what it needs to go on, until ``finished``."""
-    return root / ".cache" / f"training-{name}" / str(phase)
+    """Where the training of a run or model ``name`` keeps what it needs to go on, until it is ``finished``, in a form that its launch can read."""
+    return root / ".cache" / f"training-{name}" / f"{phase}{runner.launch_settings().get('distributed_type', '')}"
 
 
 def finished(root: Path, name: str) -> None:
@@ -206,7 +208,8 @@ def fit(model, tokenizer, sets: list[tuple], pools: list[list[int]], how: dict, 
 
 def _launch(root: Path, model, tokenizer, phase: dict, spec: dict, at: Path) -> float:
     """:func:`tune` in the processes that ``accelerate launch`` starts; ``model`` takes over what they made."""
-    scratch = root / ".cache" / f".launch-{store.digest([phase, spec, os.getpid()])}"
+    scratch = at.with_name(f"{at.name}-launch")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
         model.to("cpu").save_pretrained(scratch / "before")
         tokenizer.save_pretrained(scratch / "before")
@@ -233,6 +236,8 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
         for number, phase in enumerate(spec.get("phases", ())):
             tune(root, model, known.tokenizer, phase, data_of(spec), checkpoints(root, name, number))
+            if phase.get("training", {}).get("bf16") and "hub" in first_of(spec):  # as such models are kept and read
+                model.to(torch.bfloat16)
     if "hub" in spec:
         _write_commits(folder, _commit(spec["hub"], spec["revision"]))
     else:
@@ -240,7 +245,6 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         known.tokenizer.save_pretrained(folder)
     own = {held: score(model, known, held)[0] for held in scored_on(spec, known.held)}
     (folder / "evaluation.json").write_text(json.dumps(own), encoding="utf-8")
-    finished(root, name)
 
 
 def score(model, known: SimpleNamespace, name: str, **more) -> tuple[dict, dict]:
@@ -261,19 +265,10 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
         said = said.add_column("verified", [known.verify(row, row["messages"][-1]["content"]) for row in said])
     fit = room(data_of(by))
     rendered, _ = data.render(said, known.tokenizer, **fit | ({"max_length": 10**9} if spec.get("open") else {}))
-    if spec.get("open"):
-        rendered = rendered.map(_left_open, fn_kwargs={"max_length": fit["max_length"]})
+    if spec.get("open") or any(sum(m["role"] == "assistant" for m in ms) > 1 for ms in rendered["messages"]):
+        rendered = rendered.map(data.own_words, fn_kwargs={"max_length": fit["max_length"]})
     rendered.save_to_disk(folder)
     shutil.rmtree(folder / "said")
-
-
-def _left_open(row: dict, max_length: int) -> dict:
-    """A row without the end of an answer that did not come to it, and so with nothing to learn of one that a server refused; read again, words
-    may be more tokens than they were said in.
-    """
-    last = max(i for i, label in enumerate(row["labels"]) if label != data.IGNORE)
-    end = min(max_length, last if row["finish_reason"] in ("length", "refused", "content_filter") else len(row["labels"]))
-    return {k: row[k][:end] for k in ("input_ids", "labels")}
 
 
 def _build_targets(root: Path, spec: dict, folder: Path) -> None:
@@ -300,5 +295,6 @@ if __name__ == "__main__":  # one of the processes that _launch starts
     where = Path(sys.argv[1])
     base, wanted, about, at, parent = json.loads((where / "job.json").read_text(encoding="utf-8"))
     runner.end_with(parent)
+    store.checked_before = True
     _, final = tune(Path(base), *models.load(where / "before", device="cpu"), wanted, about, Path(at), where / "after")
     store.write_atomic(where / "loss.json", json.dumps(final))

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 MARKER = "kdlib-results.json"
 FORMAT = {"format": "kdlib results", "version": 1}
+checked_before = False  # True in a process for which another has just looked at all artefacts
 
 
 def digest(value, length: int = 16) -> str:
@@ -127,12 +128,12 @@ def artefact(root: Path, kind: str, spec: dict, build: Callable[[Path], None], o
 
 
 def check_files(path: Path) -> Path:
-    """``path``, a folder whose files have the hashes in its manifest. Raises ValueError, naming the file, if one has not. Of the processes
-    that train together on a machine the first alone reads them all.
+    """``path``, a folder whose files have the hashes in its manifest. Raises ValueError, naming the file, if one has not. Processes that train
+    together leave the reading to the one that starts them, or to the first of them.
     """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    reads = not checked_before and os.environ.get("LOCAL_RANK", "0") == "0"
     for name, wanted in manifest(path)["files"].items():
-        if not (path / name).is_file() or (first and file_hash(path / name) != wanted):
+        if not (path / name).is_file() or (reads and file_hash(path / name) != wanted):
             raise ValueError(f"Cached artefact {path} is damaged: {name} does not have its hash; delete that folder and it is made again.")
     return path
 

@@ -63,7 +63,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
     given = {n: namespace[n] for n in PARAMETERS[experiment] if n in namespace}
     name = check("preset", given.get("preset", "lab"), str, ", ".join(PRESETS), lambda v: v in PRESETS)
     preset, general = PRESETS[name], experiment != "two_stage_domain"
-    allowed = "tasks of the harness by name, each with a table of settings" if hasattr(preset, "tasks") else f"{{}}, for preset {name!r} scores by itself"
+    allowed = "tasks of the harness by name, each with a table of settings" if hasattr(preset, "tasks") else f"{{}}, for preset {name!r} has no benchmarks"
     if check("tasks", given.get("tasks", {}), dict, allowed, lambda v: not v or (hasattr(preset, "tasks") and all(type(t) is dict for t in v.values()))):
         everywhere = dict.fromkeys(preset.domain["names"], given["tasks"])
         preset = Preset(**{**vars(preset), **({"tasks": given["tasks"]} if general else {"domain": {**preset.domain, "tasks": everywhere}})})
@@ -188,7 +188,7 @@ def run(plan: Plan) -> list[dict]:
         absent = Counter(" ".join(f"{k} {r[k]}" for k in ("domain", "method", "teacher", "pool", "budget") if r[k]) for r, _ in missing)
         which = ", ".join(f"{cell} ({n} seed{'s' * (n > 1)})" for cell, n in absent.items()) if have else "all of them"
         raise ValueError(f"{len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing, and none may be trained "
-                         f"(train_missing=False): {which}; allowed: a results_dir that holds them, or training.")
+                         f"(train_missing=False): {which}; allowed: a results_dir that holds them, or one in which `make study` or their notebook has trained them.")
     if missing:
         from kdlib import jobs, stages
         for asked in {json.dumps(c["evaluate"]["tasks"]) for c in plan.configs if "tasks" in c["evaluate"]}:

@@ -97,7 +97,7 @@ def write_cache(folder: str | Path, model, tokenizer, rows: Sequence[dict], *, f
     writer goes on after its whole shards. ValueError on a bad setting, rows of one id, or if ``folder`` holds something else.
     """
     folder, tokens = Path(folder), models.tokens_of(tokenizer)
-    vocabulary = max(tokens.values()) + 1
+    vocabulary = models.size_of(tokenizer)
     check_cache(vocabulary, form=form, k=k, dtype=dtype, seed=seed, shard_rows=shard_rows, batch_size=batch_size)
     read = [(str(r.get("id")), len(r["labels"]), store.digest([r["input_ids"], r["labels"]])) for r in rows]
     if len({name for name, *_ in read}) != len(rows):

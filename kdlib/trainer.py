@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from kdlib import inference
-from kdlib.data import IGNORE, Collator, stretches
+from kdlib.data import IGNORE, Collator, Rows, stretches
 from kdlib.losses import Head, Objective, distillation_loss, linear_distillation_loss
 from kdlib.presets import check
 from kdlib.teachers import Live
@@ -62,7 +62,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             self.args.remove_unused_columns &= isinstance(teacher, Live)  # others need the ids of the examples
             held = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-            rows = chain.from_iterable(d or () for d in (self.train_dataset, *held))
+            rows = chain.from_iterable(d.once() if isinstance(d, Rows) else d or () for d in (self.train_dataset, *held))
             self.vocabulary = self.teacher.prepare(self.model, self.processing_class, rows, objective, self.args.device)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -190,7 +190,7 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
     batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
     the steps, then linear decay to zero. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
     which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``: with ``save_steps``
-    among them a checkpoint lies in ``output_dir`` after so many steps each and after the last, from which the same call goes on.
+    among them and fewer than ``steps``, a checkpoint lies in ``output_dir`` after so many steps each and after the last, from which the same call goes on.
     """
     ranks, parts, adapters = check_training(batch_size, warmup=warmup, micro_batch=micro_batch, lora=lora, **arguments)
     whole = model
@@ -199,7 +199,7 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
         model = peft().get_peft_model(model, adapters)
     usual = {"lr_scheduler_type": "linear", "warmup_steps": round(warmup * steps), "weight_decay": 0.0, "dataloader_pin_memory": torch.accelerator.is_available(),
              "report_to": [], "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
-    if saves := "save_steps" in arguments:
+    if saves := arguments.get("save_steps", steps) < steps:
         usual["save_total_limit"] = 1
     fixed = (str(output_dir), steps, batch_size // ranks // parts, learning_rate, parts, seed, "sequential", False, 1, "no", 0, "steps" if saves else "no")
     args = TrainingArguments(**dict(zip(FIXED, fixed)), **{**usual, **arguments})

@@ -134,6 +134,23 @@ def test_budgets_are_nested_and_spread_over_skills():
     assert order == data.nested_order(skills, 3) != data.nested_order(skills, 4)
 
 
+def test_budgets_of_many_small_categories_are_ordered_in_a_moment():
+    skills = [f"site {i % 30_000}" for i in range(60_000)]
+    assert sorted(data.nested_order(skills, seed=0)) == list(range(60_000))  # a pass for each category would take hours
+
+
+def test_rows_that_come_again_are_given_once():
+    rows = data.Rows([("a", [{"x": i} for i in range(3)], [0, 2]), ("b", [{"x": 9}], [0])], order=[2, 0, 2, 2])
+    assert [r["id"] for r in rows] == ["b/0", "a/0", "b/0", "b/0"] and [r["id"] for r in rows.once()] == ["a/0", "b/0"]
+
+
+@pytest.mark.parametrize("reason, ids", [("stop", [1, 2, 3, 4, 5, 6, 7]), ("length", [1, 2, 3, 4, 5, 6]), (None, [1, 2, 3, 4, 5, 6, 7])])
+def test_of_a_teachers_answer_only_its_own_words_are_learnt(reason, ids):
+    row = {"input_ids": [1, 2, 3, 4, 5, 6, 7], "labels": [-100, 2, -100, -100, 5, 6, 7], **({"finish_reason": reason} if reason else {})}
+    assert data.own_words(row, 10) == {"input_ids": ids, "labels": [-100, -100, -100, -100, 5, 6, 7][:len(ids)]}
+    assert data.own_words(row, 5)["labels"] == [-100, -100, -100, -100, 5]
+
+
 def test_stream_passes_over_all_rows_before_it_repeats_one():
     order = data.stream([[4, 8, 15, 16, 23]], steps=5, batch_size=3, seed=0)
     assert len(order) == 15 and all(sorted(order[i:i + 5]) == [4, 8, 15, 16, 23] for i in (0, 5, 10))

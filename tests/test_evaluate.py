@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -22,9 +23,9 @@ def each_token(model, row):
     return log_q[[j - 1 for j in spots]], [row["labels"][j] for j in spots]
 
 
-def test_token_scores_equal_row_by_row_sums(student, held):
+def test_token_scores_equal_row_by_row_sums(student, held, tokenizer):
     rows = held.select_columns(["input_ids", "labels"]).to_list()
-    scores = evaluate.token_scores(student, rows, 0, entropy=True)
+    scores = evaluate.token_scores(student, rows, tokenizer, entropy=True)
     at = 0
     for i, row in enumerate(rows):
         log_q, targets = each_token(student, row)
@@ -101,13 +102,24 @@ def test_accuracy_asks_the_verifier_about_each_row(student, tokenizer, held, mon
     assert asked == [tokenizer.apply_chat_template(m[:-1], add_generation_prompt=True, return_dict=True)["input_ids"] for m in held["messages"]]
 
 
+def test_columns_of_a_head_behind_the_tokens_count_for_nothing(student, held, tokenizer):
+    wide, rows = copy.deepcopy(student), held.select_columns(["input_ids", "labels"]).to_list()
+    wide.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    with torch.no_grad():
+        wide.get_output_embeddings().weight[len(tokenizer):] = 40 * student.get_output_embeddings().weight[5]
+    narrow, found = (evaluate.token_scores(model, rows, tokenizer, entropy=True) for model in (student, wide))
+    assert all(torch.equal(narrow[k], found[k]) for k in narrow)
+    asked = [evaluate.prompt(row) for row in rows[:8]]
+    assert evaluate.replies(wide, tokenizer, asked, 4) == evaluate.replies(student, tokenizer, asked, 4)
+
+
 def test_evaluate_reports_both_suites_and_keeps_items(teacher, student, tokenizer):
     world = lab.World(3)
     rows = [*world.mixture("test", "seen", 20), *world.mixture("test", "unseen", 10)]
     held, _ = data.render(Dataset.from_list(rows), tokenizer, 64)
     clean, _ = data.render(Dataset.from_list([{"messages": [r["messages"][0], {"role": "assistant", "content": r["clean"]}]}
                                               for r in rows]), tokenizer, 64)
-    known = evaluate.token_scores(teacher, held.select_columns(["input_ids", "labels"]).to_list(), 0, entropy=True)
+    known = evaluate.token_scores(teacher, held.select_columns(["input_ids", "labels"]).to_list(), tokenizer, entropy=True)
     metrics, items = evaluate.evaluate(student, tokenizer, held, verify=lambda row, reply: row["skill"] in ("add", "sort"),
                                        max_new_tokens=2, clean=clean.to_list(), teacher=known)
     assert metrics["accuracy"] == pytest.approx(0.2) and metrics["accuracy_unseen"] == pytest.approx(0.2)

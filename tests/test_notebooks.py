@@ -412,7 +412,7 @@ def test_losses_with_other_parameters(tmp_path):
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "budgets: [0, 100]"], "budgets=[0, 100] is not allowed"),
     ("02_data_budget", ["-p", "preset", "smoke", "-y", "seeds: [3]"], "seeds=[3] is not allowed"),
     ("02_data_budget", ["-p", "sedes", "3"], "Unknown parameter 'sedes'"),
-    ("03_teacher_strength", ["-y", "tasks: {gsm8k: {}}"], "tasks={'gsm8k': {}} is not allowed; allowed: {}, for preset 'lab' scores by itself"),
+    ("03_teacher_strength", ["-y", "tasks: {gsm8k: {}}"], "tasks={'gsm8k': {}} is not allowed; allowed: {}, for preset 'lab' has no benchmarks"),
     ("06_your_own_models", ["-p", "student", "a"], "student='a', teacher='' and dataset='' go together; allowed: all three, or none"),
     ("04_two_stage_domain", ["-p", "preset", "smoke", "-y", "domains: [bank]"], "domains=['bank'] is not allowed; allowed: a list of market."),
     ("05_report", ["-p", "preset", "smoke", "-y", "worlds: [1]"], "worlds=[1] is not allowed; allowed: a list of at least two"),

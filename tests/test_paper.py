@@ -147,7 +147,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path, monkeypatch, configura
 
 def test_teachers_and_domains_take_the_same_way_through_their_notebooks(shelf, tmp_path):
     """With a preset of one's own, whose runs are shorter."""
-    (tmp_path / "small.toml").write_text('[small]\nlike = "paper"\nmax_new_tokens = 8\nbatch_size = 16\ndomain = { steps = 4, batch_size = 8 }\n')
+    (tmp_path / "small.toml").write_text('[small]\nlike = "paper"\nmax_new_tokens = 8\nbatch_size = 16\nteachers.weak.tuning = { steps = 4, learning_rate = 1e-2 }\ndomain = { steps = 4, batch_size = 8 }\n')
     asked, found = {"preset": "small", "budgets": [16, 32], "seeds": [0, 1], "tasks": {shelf[1]: {}}, "results_dir": str(tmp_path / "results")}, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_PRESETS", str(tmp_path / "small.toml"))
