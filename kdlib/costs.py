@@ -118,7 +118,7 @@ def estimate(plan, missing: bool = False) -> pd.DataFrame:
     sizes = {k: v for k, v in sizes.items() if isinstance(v, int)} | {
         k: v["rows"] - v["rows_dropped"] for k, v in report.items() if "rows" in v} | {"train": p.train_rows}
     runs = [c for i, c in zip(plan.ids, plan.configs) if not (missing and results.record_path(plan.root, p.name, i).exists())]
-    made = {name: s for c in runs for name, (_, s) in specs.all_of(json.dumps(c)).items() if not (missing and specs.path(plan.root, s).is_dir())}
+    made = {name: s for c in runs for name, s in specs.all_of(json.dumps(c)).items() if not (missing and specs.path(plan.root, s).is_dir())}
 
     def rows_of(name):
         name = name.split(" said")[0]
@@ -184,7 +184,7 @@ def report(plan, ranks: int | None = None) -> None:
     for (name, row), again in product({"mean": whole.attrs["row"], "longest": [p.max_length] * 2}.items(), (False, True)):
         how = {**phase.get("training", {}), "activation_checkpointing": again}
         needs[f"student, {name} rows{', recomputed' * again}"] = memory(s, *np.multiply(at_once(phase), row), how, ranks)
-    made = [s for c in plan.configs for _, s in specs.all_of(json.dumps(c)).values()]
+    made = [s for c in plan.configs for s in specs.all_of(json.dumps(c)).values()]
     for title, heavy in (("a teacher's tuning, mean rows", [(s, f, whole.attrs["row"]) for s in made for f in s.get("phases", ())]),
                          ("pre-training", [(s, s["pretrain"], np.subtract(s["pretrain"]["block"], (0, 1))) for s in made if "pretrain" in s])):
         if heavy:

@@ -70,7 +70,7 @@ def _train_and_evaluate(root: Path, identifier: str, config: dict, metric, keep:
         metrics |= {f"{name}_{k}": v for k, v in own.items()}
     lengths = [(n * len(row["input_ids"]), n * sum(t != data.IGNORE for t in row["labels"][1:]))
                for rows in seen for i, n in Counter(rows.order).items() for row in [data.Rows(rows.sets, [i])[0]]]
-    below = {n: path(root, s) for n, (_, s) in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
+    below = {n: path(root, s) for n, s in all_of(json.dumps(config)).items() if n.startswith(("data", "base", "model"))}
     made, commits = {n: store.content_hash(folder) for n, folder in below.items()}, {k: v for f in below.values() for k, v in stages.commits_of(f).items()}
     provenance = {"metric": metric.name, "higher_is_better": metric.higher_is_better, **results.environment(), "artefacts": made, **({"commits": commits} if commits else {}),
                   **({"launch": launch} if (launch := runner.launch_settings()) else {}),
@@ -82,19 +82,19 @@ def _train_and_evaluate(root: Path, identifier: str, config: dict, metric, keep:
     return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
 
 
-def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str) -> tuple[dict[partial, float], dict[partial, list[partial]]]:
+def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str, keep: dict[str, Path] | None = None) -> tuple[dict[partial, float], dict[partial, list[partial]]]:
     """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, first what the longest chain of others waits for; and
-    what each needs of the others.
+    what each needs of the others. ``keep`` says by run id where a model is to be kept.
     """
     below = [all_of(json.dumps(config)) for _, config in runs]
-    made = {name: (depth, spec, partial(stages.make, root, spec)) for found in below for name, (depth, spec) in found.items() if not path(root, spec).is_dir()}
-    costs = {task: COSTS[name.split("-")[0]] for name, (*_, task) in made.items()}
-    needs = {task: [made[name][2] for name in all_of(json.dumps(spec)) if name in made] for _, spec, task in made.values()}
+    made = {name: partial(stages.make, root, spec) for found in below for name, spec in found.items() if not path(root, spec).is_dir()}
+    costs = {task: COSTS[name.split("-")[0]] for name, task in made.items()}
+    needs = {task: [made[name] for name in all_of(json.dumps(task.args[1])) if name in made] for task in made.values()}
     for (labels, config), found in zip(runs, below):
-        costs[task := partial(execute, root, labels, config, metric)] = 2.0
-        needs[task] = [made[name][2] for name in found if name in made]
+        costs[task := partial(execute, root, labels, config, metric, (keep or {}).get(results.run_id(config)))] = 2.0
+        needs[task] = [made[name] for name in found if name in made]
     chain = dict(costs)
-    for task in [*list(costs)[len(made):], *(t for _, _, t in sorted(made.values(), key=lambda entry: -entry[0]))]:
+    for task in reversed(costs):  # where each stands behind what it needs
         for other in needs[task]:
             chain[other] = max(chain[other], costs[other] + chain[task])
     return {task: costs[task] for task in sorted(costs, key=lambda task: -chain[task])}, needs

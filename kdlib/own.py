@@ -5,7 +5,6 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,12 +132,10 @@ def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict
           f"Held out: {left['test']:,}, with {reports['test']['rows_dropped']:,} too long.")
     preset.steps = math.ceil(epochs * rows / batch_size)
     runs = study.grid(preset, "data_budget", 0, kd={k: objective[k] for k in ("alpha", "kind", "temperature")})
-    todo, needs = jobs.tasks(runs, root, metric.name)
     first = next(config for labels, config in runs if (labels["method"], labels["seed"]) == ("kd", seeds[0]))
     folder = root / "models" / results.run_id(first)
-    chosen, = (task for task in todo if first in task.args)
-    keeping = partial(chosen, keep=folder)
-    runner.compute({keeping if t is chosen else t: cost for t, cost in todo.items()}, workers, needs | {keeping: needs[chosen]})
+    todo, needs = jobs.tasks(runs, root, metric.name, {results.run_id(first): folder})
+    runner.compute(todo, workers, needs)
     records = results.read_records(root, "own", [results.run_id(c) for _, c in runs])
     frame = results.frame(records)
     gap, means = stats.paired_interval(stats.paired_gaps(frame, metric).gap), frame.groupby("method")[metric.name].mean()

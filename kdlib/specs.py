@@ -62,10 +62,9 @@ def scored_on(spec: dict, held: list[str]) -> list[str]:
 
 
 @lru_cache(maxsize=None)
-def all_of(config: str) -> dict[str, tuple[int, dict]]:
-    """By name, every artefact under a run (its configuration as JSON), after those it is made from, and its depth (1: from nothing)."""
+def all_of(config: str) -> dict[str, dict]:
+    """By name, the specification of every artefact under a run (its configuration as JSON), after those it is made from."""
     out = {}
     for below in made_from(json.loads(config)):
-        deeper = all_of(json.dumps(below))
-        out |= deeper | {path(Path(), below).name: (1 + max((d for d, _ in deeper.values()), default=0), below)}
+        out |= all_of(json.dumps(below)) | {path(Path(), below).name: below}
     return out

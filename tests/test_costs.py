@@ -184,7 +184,7 @@ def test_a_finished_study_cost_what_is_told(tiny_root, tiny_records):
     assert (left == 0).all(axis=None) and whole["count"]["evaluate"] == 8
     for key in costs.TABLE["seen"]:
         assert whole[key]["evaluate"] == pytest.approx(sum(r["provenance"][key] for r in tiny_records))
-    spec, = (s for _, s in specs.all_of(json.dumps(there.configs[-1])).values() if "cache" in s)
+    spec, = (s for s in specs.all_of(json.dumps(there.configs[-1])).values() if "cache" in s)
     kept = sum(values.nbytes for shard in teachers.Cached(specs.path(there.root, spec)).shards for _, values in shard.values())
     print(f"the tiny study's cache: {whole.cache_bytes['cache'] / kept - 1:+.4f}")
     assert whole.cache_bytes["cache"] == pytest.approx(kept, rel=0.1)
