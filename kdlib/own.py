@@ -9,18 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+from huggingface_hub import ModelCardData
+
 from kdlib import jobs, models, results, runner, stages, stats, store, study, teachers, text, trainer
 from kdlib.losses import Objective
 from kdlib.presets import METRICS, Preset, check
 
 HUB_ID = re.compile(r"(?!\.|.*\.(jsonl?|gz|parquet)$)[\w.-]+(/[\w.-]+)?")  # what looks like one
-CARD = """---
-base_model: {base}
-library_name: transformers
-pipeline_tag: text-generation{listed}
-tags: [knowledge-distillation, kdlib]
----
-# {student}, distilled from {teacher}
+CARD = """# {student}, distilled from {teacher}
 
 Trained by kdlib {version} on {rows:,} conversations of `{dataset}`: {alpha:g} of the loss is {kind} to `{teacher}`, at temperature {temperature:g}.
 
@@ -141,10 +137,10 @@ def distill(student: str | Path, teacher: str | Path, dataset: str | Path | dict
     gap, means = stats.paired_interval(stats.paired_gaps(frame, metric).gap), frame.groupby("method")[metric.name].mean()
     rates = {method: preset.rate(rate, rows) for method, rate in preset.learning_rate.items()}
     settings = {"steps": preset.steps, "batch_size": batch_size, "learning_rate": rates, "max_length": max_length, **preset.training}
-    at = source.get("local") or source["hub"]
-    listed = f"\ndatasets: [{json.dumps(source['hub'])}]" if "hub" in source else ""
-    card = CARD.format(base=json.dumps(student), student=student, teacher=teacher, dataset=at, listed=listed, rows=rows, alpha=alpha, kind=kind.replace("_", " "), label=metric.label,
+    about = ModelCardData(base_model=student, library_name="transformers", pipeline_tag="text-generation", datasets=[source["hub"]] if "hub" in source else None,
+                          tags=["knowledge-distillation", "kdlib"])
+    card = CARD.format(student=student, teacher=teacher, dataset=source.get("local") or source["hub"], rows=rows, alpha=alpha, kind=kind.replace("_", " "), label=metric.label,
                        temperature=temperature, n=gap.n, kd=means.kd, sft=means.sft, untuned=frame[f"untuned_{metric.name}"].iloc[0], low=gap.low,
                        gap=gap.estimate, high=gap.high, seed=seeds[0], version=version("kdlib"), settings=json.dumps(settings))
-    store.write_atomic(folder / "README.md", card)
+    store.write_atomic(folder / "README.md", f"---\n{about.to_yaml()}\n---\n{card}")
     return SimpleNamespace(model=folder, frame=frame, gap=gap, records=records)
