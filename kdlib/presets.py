@@ -59,6 +59,8 @@ def _over(table: dict, changes: dict) -> dict:
 
 
 def _read(name: str, table: dict) -> Preset:
+    for kind, one in ((kind, one) for kind in ("bases", "teachers") for one in table[kind]):
+        check(f"{kind}.{one} of preset {name!r}", table[kind][one], dict, "a table, or false to take away one that is there")
     shared = {"max_tokens": None, **table.pop("pretrain", {})}
     table["bases"] = {n: base if "hub" in base else {**shared, **base} for n, base in table["bases"].items()}
     domain = table.setdefault("domain", {})

@@ -1,6 +1,7 @@
 """Run records: one JSON file a run, written once, checked at every reading; and the tidy tables made from them."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -76,7 +77,7 @@ def environment() -> dict:
 
     commit = git("rev-parse", "HEAD") if (REPOSITORY / ".git").exists() else None
     return {"code_version": commit, "code_dirty": bool(git("status", "--porcelain", "--", "kdlib")) if commit else None,
-            "packages": {p: importlib.metadata.version(p) for p in PACKAGES}, "python": platform.python_version(),
+            "packages": {p: importlib.metadata.version(p) for p in (*PACKAGES, *filter(importlib.util.find_spec, ("lm_eval", "peft")))}, "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
 
 

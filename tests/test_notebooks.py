@@ -1,6 +1,7 @@
 """The notebooks' contract, and what they do when papermill runs them."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -14,10 +15,11 @@ import numpy as np
 import pandas as pd
 import papermill.cli
 import pytest
+import torch
 from click.testing import CliRunner
 from tiny import pretend, sweep
 
-from kdlib import data, plots, presets, results, specs, stages, stats, store, study
+from kdlib import data, lab, models, plots, presets, results, specs, stages, stats, store, study
 from kdlib.presets import PRESETS
 
 FOLDER = results.REPOSITORY / "notebooks"
@@ -173,6 +175,18 @@ def smoke(lived):
     """Notebook 02 with the smoke preset, on what notebook 00 trained."""
     folder, _ = lived
     return folder, run(FOLDER / "02_data_budget.ipynb", folder / "out.ipynb", preset="smoke", results_dir=str(folder / "results"))
+
+
+def test_the_benchmark_of_caches_runs_and_its_record_is_of_the_lab_as_it_is(smoke, monkeypatch):
+    monkeypatch.syspath_prepend(str(results.REPOSITORY / "tests" / "bench"))
+    cache = importlib.import_module("cache")
+    threads = torch.get_num_threads()
+    found = cache.main("top 16, bucket", str(smoke[0] / "results"))
+    torch.set_num_threads(threads)
+    record = json.loads((results.REPOSITORY / "results" / "bench" / "x86_64-cpu-cache.json").read_text())
+    kept = record["found"][found["form"]]
+    assert kept["vocabulary"] == found["vocabulary"] == len(models.build_tokenizer(lab.vocabulary()))
+    assert kept["bytes_per_token"] == found["bytes_per_token"] and found["loss"] < found["loss_of_live_teacher"], "a bucket never overstates"
 
 
 def test_start_here_trains_its_comparison_live_and_keeps_it_if_asked(lived, smoke):

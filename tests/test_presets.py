@@ -46,6 +46,7 @@ def test_false_takes_a_table_away_and_else_is_a_value():
     ("[mine]", r"like of preset 'mine' of .*=None has type NoneType; allowed: smoke, lab"),
     ('[mine]\nlike = "papr"', "'papr' is not allowed; allowed: smoke, lab"),
     ('[mine]\nlike = "paper"\nseedz = [1]', "Preset 'mine' of .* has unknown seedz; allowed: about, alone"),
+    ('[mine]\nlike = "lab"\nteachers.large = false', "teachers.large of preset 'mine'=False has type bool; allowed: a table, or false to take away one that is there"),
     ("[mine", r"KDLIB_PRESETS='.*mine.toml' cannot be read \(TOMLDecodeError: .*allowed: a TOML file like kdlib/presets.toml"), (None, "FileNotFoundError")])
 def test_a_file_of_presets_that_is_wrong_is_named(tmp_path, said, message):
     if said is not None:
