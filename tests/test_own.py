@@ -184,7 +184,7 @@ def test_a_temperature_is_the_caches_too_and_a_copy_of_the_hubs_data_is_taken(sh
                           max_length=64, epochs=0.02, seeds=[0, 1], test_rows=5, validation_rows=5, temperature=2.0, learning_rate=1.2345e-5)
     assert {r["config"]["phases"][0].get("cache", {}).get("temperature") for r in found.records} == {None, 2.0}
     card = (found.model / "README.md").read_text(encoding="utf-8")
-    assert 'datasets: ["tulu-3-sft-mixture"]' in card and '"learning_rate": {"sft": 1.2345e-05, "kd": 1.2345e-05}' in card
+    assert "datasets:\n- tulu-3-sft-mixture\n" in card and '"learning_rate": {"sft": 1.2345e-05, "kd": 1.2345e-05}' in card
     assert {r["config"]["phases"][0]["learning_rate"] for r in found.records} == {1.2345e-5}
 
 
