@@ -1,6 +1,6 @@
-import copy
 """Presets: what kdlib's own say of themselves, and a user's."""
 
+import copy
 import json
 import os
 import re
