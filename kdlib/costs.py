@@ -202,8 +202,9 @@ def report(plan, ranks: int | None = None) -> None:
             ("hours of one device", pd.DataFrame(hours, ["GB", "whole", "missing"]).T, "{:.3g}".format),
             (f"bytes on each of {ranks} devices that share the weights{f', for each of {plan.workers} workers' * (plan.workers > 1)}", needs, show)):
         print(title, frame.to_string(float_format=form, na_rep=""), sep="\n", end="\n\n")
-    if kept := max((3 * memory(shape(c), 0, 0, f["training"])["gradients"] for c in plan.configs for f in c["phases"] if "save_steps" in f.get("training", {})), default=0):
-        print(f"checkpoints of a run while it trains: {show(kept)} bytes of disk, twice that for the moment in which one replaces another", end="\n\n")
+    if kept := max((3 * memory(shape(c), 0, 0, f["training"])["gradients"] for c in [*plan.configs, *made] for f in c.get("phases", ())
+                    if f.get("training", {}).get("save_steps", f["steps"]) < f["steps"]), default=0):
+        print(f"checkpoints of what trains, each at most: {show(kept)} bytes of disk, twice that for the moment in which one replaces another", end="\n\n")
     measured = [results.read_record(f) for f in sorted((results.REPOSITORY / "results" / "lab" / "runs").glob("*.json"))[::12]]
     if measured:
         errors = check(measured)[["error", "worst"]].set_axis([*TABLE["seen"], "seconds", "memory"])

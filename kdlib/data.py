@@ -60,12 +60,12 @@ def shorten_prompt(ids: list[int], labels: list[int], prompt_length: int) -> tup
     return ids, labels
 
 
-def own_words(row: dict, max_length: int) -> dict:
-    """A row with its last answer alone to learn, for earlier ones are others', without the end of one that did not come to it, and so with
-    nothing to learn of one that a server refused; read again, words may be more tokens than they were said in.
+def own_words(row: dict, max_length: int, open: bool) -> dict:
+    """A row with its last answer alone to learn, for earlier ones are others'; if ``open`` without the end of one that did not come to it, and
+    so with nothing to learn of one that a server refused; read again, words may be more tokens than they were said in.
     """
     first, last = [(start, end) for start, end in stretches(row["labels"]) if row["labels"][start] != IGNORE][-1]
-    end = min(max_length, last - 1 if row.get("finish_reason") in ("length", "refused", "content_filter") else len(row["labels"]))
+    end = min(max_length, last - 1 if open and row["finish_reason"] in ("length", "refused", "content_filter") else len(row["labels"]))
     return {"input_ids": row["input_ids"][:end], "labels": ([IGNORE] * first + row["labels"][first:])[:end]}
 
 

@@ -26,7 +26,7 @@ def execute(root: Path, labels: dict, config: dict, metric: str, keep: Path | No
     with store.lock(root, identifier):
         if not results.record_path(root, labels["preset"], identifier).exists() or (keep and not ((keep / "config.json").is_file() and any(keep.glob("*.safetensors")))):
             results.write_record(root, {"run_id": identifier, **labels, **_train_and_evaluate(root, identifier, config, METRICS[metric], keep)})
-            stages.finished(root, identifier)
+        shutil.rmtree(stages.checkpoints(root, identifier), ignore_errors=True)
 
 
 @lru_cache(maxsize=32)
@@ -42,7 +42,7 @@ def _train_and_evaluate(root: Path, identifier: str, config: dict, metric, keep:
     known, split, tuned = stages.read_data(root, spec), config["evaluate"]["on"], teacher_of(config)
     student, tokenizer = stages.open_model(root, config["start"], **stages.TRAINED)
     for number, phase in enumerate(config["phases"]):
-        rows, loss = stages.tune(root, student, tokenizer, phase, spec, stages.checkpoints(root, identifier, number))
+        rows, loss = stages.tune(root, student, tokenizer, phase, spec, stages.checkpoints(root, identifier) / str(number))
         seen.append(rows)
     if keep:  # whole or not at all
         shutil.rmtree(work := keep.with_name(f".{keep.name}.unfinished"), ignore_errors=True)

@@ -54,13 +54,17 @@ class Preset(SimpleNamespace):
 
 
 def _over(table: dict, changes: dict) -> dict:
-    both = {k: _over(table[k], v) if isinstance(table.get(k), dict) and isinstance(v, dict) else v for k, v in changes.items()}
+    def alike(old, new):  # a model made otherwise has nothing of the old one
+        return isinstance(old, dict) and isinstance(new, dict) and len({"hub", "start", "model"} & {*old, *new}) < 2
+
+    both = {k: _over(table[k], v) if alike(table.get(k), v) else v for k, v in changes.items()}
     return {k: v for k, v in {**table, **both}.items() if v is not False or not isinstance(table.get(k), dict)}  # false takes a table away
 
 
 def _read(name: str, table: dict) -> Preset:
     for kind, one in ((kind, one) for kind in ("bases", "teachers") for one in table[kind]):
-        check(f"{kind}.{one} of preset {name!r}", table[kind][one], dict, "a table, or false to take away one that is there")
+        made = check(f"{kind}.{one} of preset {name!r}", table[kind][one], dict, "a table, or false to take away one that is there")
+        table[kind][one] = {"revision": "main", **made} if "hub" in made else made
     shared = {"max_tokens": None, **table.pop("pretrain", {})}
     table["bases"] = {n: base if "hub" in base else {**shared, **base} for n, base in table["bases"].items()}
     domain = table.setdefault("domain", {})

@@ -1,11 +1,11 @@
 """Run records: one JSON file a run, written once, checked at every reading; and the tidy tables made from them."""
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,9 +75,13 @@ def environment() -> dict:
         done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
+    packages = {p: importlib.metadata.version(p) for p in PACKAGES}
+    for extra in ("lm_eval", "peft"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[extra] = importlib.metadata.version(extra)
     commit = git("rev-parse", "HEAD") if (REPOSITORY / ".git").exists() else None
     return {"code_version": commit, "code_dirty": bool(git("status", "--porcelain", "--", "kdlib")) if commit else None,
-            "packages": {p: importlib.metadata.version(p) for p in (*PACKAGES, *filter(importlib.util.find_spec, ("lm_eval", "peft")))}, "python": platform.python_version(),
+            "packages": packages, "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
 
 

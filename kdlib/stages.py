@@ -50,7 +50,7 @@ def make(root: Path, spec: dict) -> Path:
     kind, near = path(root, spec).name.split("-")[0], [spec, *(spec[k] for k in ("start", "by", "teacher", "of") if spec.get(k))]
     origin = _source(spec, "origin")() if "source" in spec else next((models.origin(s["hub"]) for s in near if "hub" in s), None)
     made = store.artefact(root, kind, spec, partial(build[kind], root, spec), origin, resumes=kind in ("targets", "answers"))
-    finished(root, made.name)
+    shutil.rmtree(checkpoints(root, made.name), ignore_errors=True)
     return made
 
 
@@ -156,14 +156,9 @@ def read_rows(root: Path, parts: list[dict], spec: dict) -> tuple[data.Rows, lis
     return data.Rows(sets), found, judged
 
 
-def checkpoints(root: Path, name: str, phase: int = 0) -> Path:
-    """Where the training of a run or model ``name`` keeps what it needs to go on, until it is ``finished``, in a form that its launch can read."""
-    return root / ".cache" / f"training-{name}" / f"{phase}{runner.launch_settings().get('distributed_type', '')}"
-
-
-def finished(root: Path, name: str) -> None:
-    """Drop the checkpoints of what is finished."""
-    shutil.rmtree(checkpoints(root, name).parent, ignore_errors=True)
+def checkpoints(root: Path, name: str) -> Path:
+    """Where the trainings of a run or model ``name`` keep what they need to go on, phase by phase, until it is finished."""
+    return root / ".cache" / f"training-{name}"
 
 
 def tune(root: Path, model, tokenizer, phase: dict, spec: dict, at: Path, save_to: Path | None = None) -> tuple[data.Rows, float]:
@@ -175,6 +170,7 @@ def tune(root: Path, model, tokenizer, phase: dict, spec: dict, at: Path, save_t
     targets = kdlib.teachers.Cached(make(root, targets_of(phase))) if phase["teacher"] else None
     if os.environ.get("KDLIB_LAUNCH") and save_to is None:
         return data.Rows(rows.sets, _order(pools, phase)), _launch(root, model, tokenizer, phase, spec, at)
+    at = at.with_name(f"{at.name}{runner.launch_settings().get('distributed_type', '')}")  # whose checkpoints others cannot read
     return fit(model, tokenizer, rows.sets, pools, phase, at, teacher=targets, save_to=save_to,
                objective=Objective(**{f.name: phase[f.name] for f in fields(Objective) if f.name in phase}))
 
@@ -231,13 +227,14 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         texts = corpus_of(spec["data"]).pretrain()
         blocks = data.pack(texts, known.tokenizer, p["block"], p["max_tokens"]).to_list()
         model, every = models.build_model(p["model"], known.tokenizer, p["seed"]).to(models.device()), range(len(blocks))
-        fit(model, known.tokenizer, [("text", blocks, every)], [list(every)], p, checkpoints(root, name))
+        fit(model, known.tokenizer, [("text", blocks, every)], [list(every)], p, checkpoints(root, name) / "0")
     else:
         model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
         for number, phase in enumerate(spec.get("phases", ())):
-            tune(root, model, known.tokenizer, phase, data_of(spec), checkpoints(root, name, number))
-            if phase.get("training", {}).get("bf16") and "hub" in first_of(spec):  # as such models are kept and read
-                model.to(torch.bfloat16)
+            tune(root, model, known.tokenizer, phase, data_of(spec), checkpoints(root, name) / str(number))
+        if spec.get("phases") and phase.get("training", {}).get("bf16") and "hub" in first_of(spec):  # as such models are kept and read
+            for weight in model.parameters():  # not model.to, which would round rotary frequencies too
+                weight.data = weight.data.to(torch.bfloat16)
     if "hub" in spec:
         _write_commits(folder, _commit(spec["hub"], spec["revision"]))
     else:
@@ -266,7 +263,7 @@ def _build_answers(root: Path, spec: dict, folder: Path) -> None:
     fit = room(data_of(by))
     rendered, _ = data.render(said, known.tokenizer, **fit | ({"max_length": 10**9} if spec.get("open") else {}))
     if spec.get("open") or any(sum(m["role"] == "assistant" for m in ms) > 1 for ms in rendered["messages"]):
-        rendered = rendered.map(data.own_words, fn_kwargs={"max_length": fit["max_length"]})
+        rendered = rendered.map(data.own_words, fn_kwargs={"max_length": fit["max_length"], "open": spec.get("open", False)})
     rendered.save_to_disk(folder)
     shutil.rmtree(folder / "said")
 

@@ -13,7 +13,7 @@ from kdlib import results, runner, store
 from kdlib.presets import ARMS, KINDS, METHODS, OPTIONAL, PRESETS, RECIPES, Preset, check
 from kdlib.specs import EXACT
 
-SPEC_VERSION = {"lab": 5, "text": 5}  # raised whenever a change of the code changes what a configuration computes
+SPEC_VERSION = {"lab": 5, "text": 5, "hub": 6}  # of data with a tokenizer of the hub, else by source; raised whenever a change of the code changes what a configuration computes
 SHARED = ("preset", "world_seed", "budgets", "seeds", "results_dir", "train_missing", "dry_run", "workers")
 PARAMETERS = {**dict.fromkeys(ARMS, (*SHARED, "tasks", "alpha", "kind", "temperature")), "two_stage_domain": (*SHARED, "tasks", "domains", "pools")}
 
@@ -105,7 +105,7 @@ def plan(experiment: str, namespace: dict) -> Plan:
 
 def data_spec(preset: Preset, world_seed: int) -> dict:
     """What fixes the data of a preset in one world."""
-    spec = {"version": SPEC_VERSION[preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
+    spec = {"version": SPEC_VERSION["hub" if hasattr(preset, "tokenizer") else preset.source["kind"]], "source": preset.source, "train_rows": preset.train_rows,
             "max_length": preset.max_length, "max_new_tokens": preset.max_new_tokens, "vocab_size": preset.vocab_size, "world_seed": world_seed}
     return spec | {k: vars(preset)[k] for k in ("tokenizer", "prompt_length") if hasattr(preset, k)}
 

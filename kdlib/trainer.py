@@ -190,7 +190,7 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
     batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
     the steps, then linear decay to zero. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
     which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``: with ``save_steps``
-    among them and fewer than ``steps``, a checkpoint lies in ``output_dir`` after so many steps each and after the last, from which the same call goes on.
+    among them and fewer than ``steps``, ``output_dir`` has a checkpoint after every so many steps and after the last, from which the same call goes on.
     """
     ranks, parts, adapters = check_training(batch_size, warmup=warmup, micro_batch=micro_batch, lora=lora, **arguments)
     whole = model

@@ -135,8 +135,15 @@ def test_budgets_are_nested_and_spread_over_skills():
 
 
 def test_budgets_of_many_small_categories_are_ordered_in_a_moment():
-    skills = [f"site {i % 30_000}" for i in range(60_000)]
-    assert sorted(data.nested_order(skills, seed=0)) == list(range(60_000))  # a pass for each category would take hours
+    class Site(str):
+        looked_at, __hash__ = 0, str.__hash__
+
+        def __eq__(self, other):
+            Site.looked_at += 1
+            return str.__eq__(self, other)
+
+    assert sorted(data.nested_order([Site(i % 1000) for i in range(2000)], seed=0)) == list(range(2000))
+    assert Site.looked_at < 10_000, "a pass for each category would be two million"
 
 
 def test_rows_that_come_again_are_given_once():
@@ -147,8 +154,8 @@ def test_rows_that_come_again_are_given_once():
 @pytest.mark.parametrize("reason, ids", [("stop", [1, 2, 3, 4, 5, 6, 7]), ("length", [1, 2, 3, 4, 5, 6]), (None, [1, 2, 3, 4, 5, 6, 7])])
 def test_of_a_teachers_answer_only_its_own_words_are_learnt(reason, ids):
     row = {"input_ids": [1, 2, 3, 4, 5, 6, 7], "labels": [-100, 2, -100, -100, 5, 6, 7], **({"finish_reason": reason} if reason else {})}
-    assert data.own_words(row, 10) == {"input_ids": ids, "labels": [-100, -100, -100, -100, 5, 6, 7][:len(ids)]}
-    assert data.own_words(row, 5)["labels"] == [-100, -100, -100, -100, 5]
+    assert data.own_words(row, 10, True if reason else False) == {"input_ids": ids, "labels": [-100, -100, -100, -100, 5, 6, 7][:len(ids)]}
+    assert data.own_words(row, 5, False)["labels"] == [-100, -100, -100, -100, 5]
 
 
 def test_stream_passes_over_all_rows_before_it_repeats_one():

@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path, monkeypatch, configura
         monkeypatch.setenv("KDLIB_DIES", "4")
         with pytest.raises(RuntimeError):
             jobs.execute(root, labels, own, "accuracy")
-        assert [p.name for p in stages.checkpoints(root, results.run_id(own)).iterdir()] == ["checkpoint-2"]
+        assert [p.name for p in (stages.checkpoints(root, results.run_id(own)) / "0FSDP").iterdir()] == ["checkpoint-2"]
     monkeypatch.setenv("KDLIB_DIES", "6" if configuration == "fsdp" else "0")  # of six steps two are done, and one of none loads the optimizer
     jobs.execute(root, labels, own, "accuracy")
     assert not list((root / ".cache").glob("training-*"))
@@ -164,6 +164,12 @@ def test_teachers_and_domains_take_the_same_way_through_their_notebooks(shelf, t
     assert len(found) == (6 * 4) + (8 * 4 + 6 * 2), "arms by budgets and seeds, and a smaller pool at the larger budget"
     claims = {c["claim"] for p in (tmp_path / "results" / "small").rglob("claims.json") for c in json.loads(p.read_text())}
     assert {"C2a", "C2b", "C2"} <= claims and any(c.startswith("C3 medical") for c in claims)
+    tuned = next(p for p in (tmp_path / "results" / ".cache").glob("model-*") if (p / "evaluation.json").is_file())
+    model, _ = models.load(tuned)
+    assert model.dtype == torch.bfloat16 and not list((tmp_path / "results" / ".cache").glob("training-*"))
+    known, own = stages.read_data(tmp_path / "results", r["config"]["start"]["start"]["data"]), json.loads((tuned / "evaluation.json").read_text())
+    name = next(iter(own))
+    assert stages.score(model, known, name)[0]["nll"] == pytest.approx(own[name]["nll"], rel=1e-6), "read again it is the same model"
     said = (tmp_path / "04_two_stage_domain.ipynb").read_text()
     assert re.search(r"nats per token of human answers on general test rows after tuning in a domain, \d+\.\d{3} to \d+\.\d{3}; before it, not known", said)
 

@@ -39,6 +39,8 @@ def test_false_takes_a_table_away_and_else_is_a_value():
     known = {"teachers": {"base": {"hub": "a"}, "large": {"hub": "b"}}, "training": {"bf16": True}}
     changes = {"teachers": {"large": False}, "training": {"bf16": False}}
     assert presets._over(known, changes) == {"teachers": {"base": {"hub": "a"}}, "training": {"bf16": False}}
+    hub = presets._read("mine", presets._over(copy.deepcopy(presets._TABLES["paper"]), {"teachers": {"weak": {"hub": "a/b"}, "base": {"hub": "c/d"}}}))
+    assert hub.teachers["weak"] == {"hub": "a/b", "revision": "main"} == {**hub.teachers["base"], "hub": "a/b"}
     with pytest.raises(ValueError, match="teachers.large of preset 'mine'=False has type bool; allowed: a table, or false to take away one that is there"):
         presets._read("mine", presets._over(copy.deepcopy(presets._TABLES["lab"]), {"teachers": {"large": False}}))
 

@@ -207,7 +207,7 @@ def test_the_readmes_sentences_hold_in_every_world():
             ("the strong teacher itself is right more often in each", (right.strong > right.base).all()),
             ("A teacher no larger than the student does best of the three in most cells.",
              (gaps.stack("world_seed").idxmax(axis=1) == "weak").mean() > 0.5),
-            ("Longer SFT on all rows, which is how the weak teacher was made, comes at the largest budget as far as KD from the strong teacher, but for less than δ, or farther.",
+            ("Longer SFT on all rows, which is how the weak teacher was made, at the largest budget falls short of KD from the strong teacher by less than δ, or surpasses it.",
              (right.weak > strongest - PRESETS["lab"].scored.delta).all()),
             ("two stages beat human annotations alone on average (across worlds that is established in neither domain)", (ours > means[["human_sft", "human_kd"]].max(axis=1)).all()
              and all(across[f"C3 {d} − {one}"] == "inconclusive" for d in PRESETS["lab"].domain["names"] for one in ("human_sft", "human_kd"))),

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -54,6 +55,23 @@ def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"results_dir='.*file/under' cannot be written \(Not a directory\)"):
         store.open_folder(tmp_path / "file" / "under")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)"),
+                                   RuntimeError("[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/3")])
+def test_whoever_finds_the_disk_full_it_is_said_alike(tmp_path, error):
+    with pytest.raises(OSError, match="The disk is full under .*; free some of it and run again: what was finished is kept"):
+        with store.room_on_disk(tmp_path):
+            raise error
+
+
+def test_what_another_process_has_just_checked_is_not_read_again(tmp_path, monkeypatch):
+    made = store.artefact(store.open_folder(tmp_path), "data", {"a": 1}, lambda folder: (folder / "x").write_text("1") and None)
+    (made / "x").write_text("2")
+    with pytest.raises(ValueError, match="is damaged: x does not have its hash"):
+        store.check_files(made)
+    monkeypatch.setattr(store, "checked_before", True)
+    assert store.check_files(made) == made
 
 
 def _slow_build(folder: Path) -> None:

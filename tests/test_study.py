@@ -310,6 +310,34 @@ def test_a_run_that_diverges_says_so_and_leaves_no_record(tiny_root, tiny_record
     assert not results.record_path(root, "tiny", record["run_id"]).exists()
 
 
+def test_a_run_killed_in_its_second_phase_goes_on_there(tiny_root, tmp_path, monkeypatch):
+    from kdlib import trainer
+
+    labels, config = plan(tiny_root).runs[0]
+    phase = {**config["phases"][0], "training": {"save_steps": 5}}
+    config, steps, step = {**config, "phases": [phase, {**phase, "seed": 1}]}, [], trainer.DistillationTrainer.training_step
+    identifier, found = results.run_id(config), []
+    for root, killed_at in ((tmp_path / "whole", None), (tmp_path / "killed", 20)):
+        shutil.copytree(tiny_root, root)
+
+        def counted(self, *args, **more):
+            steps.append(self.state.global_step)
+            if len(steps) == killed_at:
+                raise KeyboardInterrupt
+            return step(self, *args, **more)
+
+        steps.clear()
+        monkeypatch.setattr(trainer.DistillationTrainer, "training_step", counted)
+        if killed_at:
+            with pytest.raises(KeyboardInterrupt):
+                jobs.execute(root, labels, config, "accuracy")
+            assert {p.name: [c.name for c in p.iterdir()] for p in stages.checkpoints(root, identifier).iterdir()} == {"0": ["checkpoint-12"], "1": ["checkpoint-5"]}
+        jobs.execute(root, labels, config, "accuracy")
+        assert len(steps) == (20 + 7 if killed_at else 24) and not stages.checkpoints(root, identifier).exists()
+        found.append(results.read_record(results.record_path(root, "tiny", identifier)))
+    assert found[0]["metrics"] == found[1]["metrics"] and found[0]["items"] == found[1]["items"]
+
+
 def test_a_run_trains_on_its_budget_and_no_more(tiny_root, monkeypatch):
     from kdlib import trainer
 
