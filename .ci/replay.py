@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import CellTimeoutError
 from readme import generated
 
 from kdlib import results, store, study
@@ -57,10 +58,17 @@ def jobs(root: Path) -> list[list[tuple[str, Path, dict]]]:
 
 
 def execute(job: tuple[str, Path, dict]) -> None:
-    """Run a notebook."""
+    """Run a notebook, once more if its kernel's word is waited for in vain."""
     notebook, target, parameters = job
     target.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(NOTEBOOKS / notebook), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3")
+    for tries_left in (1, 0):
+        try:
+            papermill.execute_notebook(str(NOTEBOOKS / notebook), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3",
+                                       execution_timeout=240)
+            return
+        except CellTimeoutError:
+            if not tries_left:
+                raise
 
 
 def shown(path: Path) -> dict[str, tuple]:
