@@ -181,7 +181,7 @@ def test_the_benchmark_of_caches_runs_and_its_record_is_of_the_lab_as_it_is(smok
     monkeypatch.syspath_prepend(str(results.REPOSITORY / "tests" / "bench"))
     cache = importlib.import_module("cache")
     threads = torch.get_num_threads()
-    found = cache.main("top 16, bucket", str(smoke[0] / "results"))
+    found = cache.main("top 16, bucket", str(smoke[0] / "results"), most=200)
     torch.set_num_threads(threads)
     record = json.loads((results.REPOSITORY / "results" / "bench" / "x86_64-cpu-cache.json").read_text())
     kept = record["found"][found["form"]]

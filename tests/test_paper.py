@@ -167,7 +167,7 @@ def test_teachers_and_domains_take_the_same_way_through_their_notebooks(shelf, t
     tuned = next(p for p in (tmp_path / "results" / ".cache").glob("model-*") if (p / "evaluation.json").is_file())
     model, _ = models.load(tuned)
     assert model.dtype == torch.bfloat16 and not list((tmp_path / "results" / ".cache").glob("training-*"))
-    known, own = stages.read_data(tmp_path / "results", r["config"]["start"]["start"]["data"]), json.loads((tuned / "evaluation.json").read_text())
+    known, own = stages.read_data(tmp_path / "results", specs.data_of(r["config"])), json.loads((tuned / "evaluation.json").read_text())
     name = next(iter(own))
     assert stages.score(model, known, name)[0]["nll"] == pytest.approx(own[name]["nll"], rel=1e-6), "read again it is the same model"
     said = (tmp_path / "04_two_stage_domain.ipynb").read_text()

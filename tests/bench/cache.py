@@ -40,10 +40,11 @@ def gradient(student, source, batches):
     return total / count, torch.cat([p.grad.flatten() for p in student.parameters()]) / count, count
 
 
-def main(name: str, folder: str) -> dict:
+def main(name: str, folder: str, most: int | None = None) -> dict:
     torch.set_num_threads(2)
     root, (base, tuned) = store.open_folder(folder), (study.model_spec(PRESETS["smoke"], n, 0) for n in ("student", "base"))
     rows, *_ = stages.read_rows(root, [{"set": "train"}], stages.data_of(base))
+    rows = rows[:most]
     (student, tokenizer), (teacher, _) = (models.load(stages.make(root, spec)) for spec in (base, tuned))
     with tempfile.TemporaryDirectory() as place:
         began = time.perf_counter()
