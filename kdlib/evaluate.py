@@ -42,7 +42,7 @@ def token_scores(model, rendered: list[dict], tokenizer, *, entropy: bool = Fals
     all among the tokens that there are: what a head wider than them says of the rest only some methods teach.
     """
     collate, parts = Collator(tokenizer.pad_token_id), []
-    size = max(size_of(tokenizer), *(max(r["labels"]) + 1 for r in rendered))  # an answer may speak of the padding token
+    size = max([size_of(tokenizer), *(max(r["labels"]) + 1 for r in rendered)])  # an answer may speak of the padding token
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]["input_ids"]))
     longest = max((len(r["input_ids"]) for r in rendered), default=1)
     at_once = max(1, min(64, 2**28 // (longest * model.config.get_text_config().vocab_size)))  # rows whose logits are held at once

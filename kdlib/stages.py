@@ -232,7 +232,7 @@ def _build_model(root: Path, spec: dict, folder: Path) -> None:
         model, _ = open_model(root, spec.get("start", spec), **({} if "hub" in spec else TRAINED))
         for number, phase in enumerate(spec.get("phases", ())):
             tune(root, model, known.tokenizer, phase, data_of(spec), checkpoints(root, name) / str(number))
-        if spec.get("phases") and phase.get("training", {}).get("bf16") and "hub" in first_of(spec):  # as such models are kept and read
+        if "hub" in first_of(spec) and any(p.get("training", {}).get("bf16") for p in spec.get("phases", ())):  # as such models are kept and read
             for weight in model.parameters():  # not model.to, which would round rotary frequencies too
                 weight.data = weight.data.to(torch.bfloat16)
     if "hub" in spec:

@@ -188,7 +188,7 @@ def run(plan: Plan) -> list[dict]:
         absent = Counter(" ".join(f"{k} {r[k]}" for k in ("domain", "method", "teacher", "pool", "budget") if r[k]) for r, _ in missing)
         which = ", ".join(f"{cell} ({n} seed{'s' * (n > 1)})" for cell, n in absent.items()) if have else "all of them"
         raise ValueError(f"{len(missing)} of {len(plan.ids)} runs of world {missing[0][0]['world_seed']} are missing, and none may be trained "
-                         f"(train_missing=False): {which}; allowed: a results_dir that holds them, or one in which `make study` or their notebook has trained them.")
+                         f"(train_missing=False): {which}; allowed: a results_dir that holds them, which `make study` or their notebook fills.")
     if missing:
         from kdlib import jobs, stages
         for asked in {json.dumps(c["evaluate"]["tasks"]) for c in plan.configs if "tasks" in c["evaluate"]}:
