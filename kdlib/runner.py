@@ -34,7 +34,8 @@ def compute(tasks: dict[Callable, float], workers: int = 0, needs: dict[Callable
         try:
             while waiting or futures:
                 with MAIN, patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None):  # or workers would run a caller's script again
-                    for task in [task for task, lacking in waiting.items() if not lacking]:
+                    ready = [task for task, lacking in waiting.items() if not lacking]
+                    for task in ready[:getattr(pool, "room", len(tasks)) - len(futures)]:
                         del waiting[task]
                         futures[pool.submit(partial(_do, task))] = task
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
@@ -71,7 +72,9 @@ def _processes(workers: int) -> ProcessPoolExecutor:
     known, own = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus))), context.SimpleQueue()
     for i in range(workers):
         own.put(known.split(",")[i % gpus] if min(workers, gpus) > 1 and not launch_settings() else None)
-    return ProcessPoolExecutor(workers, context, _start_worker, (dict(os.environ), own))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (dict(os.environ), own))
+    pool.room = workers  # tasks that are given it at once, so that an early one that becomes ready late is not behind all others
+    return pool
 
 
 def _start_worker(environment: dict, gpus) -> None:

@@ -55,6 +55,7 @@ class DistillationTrainer(Trainer):
         if getattr(self.data_collator, "pack", False) and (  # the first two take batches apart row by row
                 lmbda or self.compute_metrics or not all(map(inference.keeps_rows_apart, readers))):
             self.data_collator = replace(self.data_collator, pack=False)
+        inference.fuse_norms(self.model)
         self.model_accepts_loss_kwargs = True  # whatever the model, the step's response tokens are counted
         self.lmbda, self.max_new_tokens = lmbda, max_new_tokens
         self.objective, self.chunk_size, self.teacher = objective, chunk_size, teacher if objective.alpha > 0 else None

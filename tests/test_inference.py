@@ -188,3 +188,23 @@ def test_keys_and_values_that_are_kept_in_place_change_no_digit(family, monkeypa
             plain = theirs.past_key_values
             assert torch.equal(ours.logits, theirs.logits)
         assert kept["past_key_values"].get_seq_length() == 9
+
+
+@pytest.mark.parametrize("family, fused", [("Llama", 5), ("Qwen3", 9), ("Mixtral", 5), ("Gemma2", 0), ("GPT2", 0)])
+def test_norms_done_at_once_change_no_digit(family, fused):
+    before, (inputs, mask) = model_of(family), batch_of()
+    inference.fuse_norms(after := copy.deepcopy(before))
+    assert sum("forward" in vars(module) for module in after.modules()) == fused
+    values, slopes = zip(*((logits, torch.autograd.grad(logits[mask].logsumexp(-1).sum(), list(model.parameters())))
+                           for model in (before, copy.deepcopy(after)) for logits in [model(**inputs).logits]))
+    assert torch.equal(*values) and all(map(torch.equal, *slopes))
+    half = [model.bfloat16()(**inputs).logits.detach().float() for model in (before, after)]
+    torch.testing.assert_close(*half, rtol=0.05, atol=0.05 * float(half[0].abs().max()))
+
+
+def test_a_copy_with_norms_done_at_once_has_its_own_weights():
+    inference.fuse_norms(model := model_of("Llama"))
+    other, (inputs, _) = copy.deepcopy(model), batch_of()
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        assert not model(**inputs).logits.any() and other(**inputs).logits.any()

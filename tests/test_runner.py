@@ -48,6 +48,13 @@ def test_processes_share_the_work(tmp_path, capsys):
     assert "12 of 12 tasks, 100%" in said.out and " left" in said.out and not said.err
 
 
+def test_what_others_wait_for_goes_before_what_was_ready_earlier(tmp_path):
+    (first, then), late = (next(iter(task(tmp_path, name))) for name in ("first", "then")), [next(iter(task(tmp_path, f"late {i}"))) for i in range(3)]
+    runner.compute(dict.fromkeys([first, then, *late], 1.0), workers=1, needs={then: [first]})
+    done = sorted(tmp_path.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    assert [p.name for p in done] == ["first", "then", "late 0", "late 1", "late 2"]
+
+
 def test_workers_have_the_environment_of_now(tmp_path, monkeypatch):
     for value in ("one", "two", None):
         monkeypatch.setenv("KDLIB_DATA", value) if value else monkeypatch.delenv("KDLIB_DATA")
