@@ -180,7 +180,7 @@ def report(plan, ranks: int | None = None) -> None:
     def at_once(how: dict) -> int:
         return min(how["batch_size"], how.get("training", {}).get("micro_batch") or how["batch_size"])
 
-    answers, scores = max(1, min(256, 2**17 // p.max_length)), max(1, min(64, 2**28 // int(p.max_length * s.vocab)))
+    answers, scores = max(1, min(1024, 2**17 // p.max_length)), max(1, min(64, 2**28 // int(p.max_length * s.vocab)))
     for (name, row), again in product({"mean": whole.attrs["row"], "longest": [p.max_length] * 2}.items(), (False, True)):
         how = {**phase.get("training", {}), "activation_checkpointing": again}
         needs[f"student, {name} rows{', recomputed' * again}"] = memory(s, *np.multiply(at_once(phase), row), how, ranks)

@@ -4,10 +4,11 @@ import math
 
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from kdlib.data import IGNORE, Collator, stretches
-from kdlib.inference import generate, response_logits, response_rows
+from kdlib.inference import generate, placed, response_logits, response_rows
 from kdlib.models import size_of
 
 
@@ -48,17 +49,17 @@ def token_scores(model, rendered: list[dict], tokenizer, *, entropy: bool = Fals
     at_once = max(1, min(64, 2**28 // (longest * model.config.get_text_config().vocab_size)))  # rows whose logits are held at once
     for start in range(0, len(order), at_once):
         chunk = order[start:start + at_once]
-        batch = {k: v.to(model.device) for k, v in collate([rendered[i] for i in chunk]).items()}
-        mask, targets = response_rows(batch)
-        rows = torch.tensor(chunk, device=mask.device)[mask.nonzero()[:, 0]]
-        log_q = torch.log_softmax(response_logits(model, batch, mask)[:, :size].float(), -1)
+        batch = placed(collate([rendered[i] for i in chunk]))
+        rows = torch.tensor(chunk)[batch["places"] // batch["input_ids"].shape[1]]
+        places, targets = response_rows(batch := send_to_device(batch, model.device))
+        log_q = torch.log_softmax(response_logits(model, batch, places)[:, :size].float(), -1)
         best, guess = log_q.max(-1)
         part = {"row": rows, "nll": -log_q.gather(1, targets[:, None])[:, 0], "confidence": best.exp(), "guess": guess,
                 "correct": (guess == targets).float()}
         if entropy:
             part["entropy"] = -(log_q.exp() * log_q).nan_to_num().sum(-1)
-        parts.append({k: v.cpu() for k, v in part.items()})
-    scores = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        parts.append(part)
+    scores = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}  # a GPU is waited for once
     by_row = scores["row"].argsort(stable=True)
     return {k: v[by_row] for k, v in scores.items()}
 

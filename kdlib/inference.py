@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
+from itertools import accumulate
 from types import MethodType
 from unittest.mock import patch  # an attribute for a while, and then what was there
 
@@ -16,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
-HELD = {"cpu": 20_000}  # tokens whose keys and values are held at once; elsewhere 2**17
+HELD = {"cpu": (256, 20_000)}  # rows, and tokens whose keys and values are held at once; elsewhere 1024, which take no longer than one, and 2**17
 torch.backends.cuda.enable_cudnn_sdp(False)  # which plans anew for every length: answers took ten times as long
 ROWS = "sdpa_rows"  # an attention's name: torch's, which reads the rows of one sequence apart if told their lengths
 
@@ -25,15 +26,21 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
     """SDPA; where integers (1, 1, 1, rows) stand for the mask, causal within each of so many tokens of query, key and value."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths, device = attention_mask.flatten(), query.device
+    lengths, device = attention_mask.flatten().tolist(), query.device
     kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
     if at_once := kind in (torch.float16, torch.bfloat16) and not kwargs.get("dropout") and _varlen(device, kind, query.shape[-1]):
-        bounds = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+        bounds = _bounds(tuple(lengths), device)
         key, value = (x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         query, key, value = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
-        return at_once(query, key, value, bounds, bounds, *[int(lengths.max())] * 2, scale=kwargs.get("scaling"), window_size=(-1, 0))[None], None
-    rows = zip(*(x.split(lengths.tolist(), 2) for x in (query, key, value)))
+        return at_once(query, key, value, bounds, bounds, *[max(lengths)] * 2, scale=kwargs.get("scaling"), window_size=(-1, 0))[None], None
+    rows = zip(*(x.split(lengths, 2) for x in (query, key, value)))
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
+
+
+@lru_cache(maxsize=8)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where rows of such ``lengths`` begin and end, there for all layers."""
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 @lru_cache
@@ -60,36 +67,49 @@ AttentionMaskInterface.register(ROWS, sdpa_mask)
 def taken(batch: dict) -> dict:
     """What a model takes of a batch."""
     found = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
-    return found | ({"attention_mask": batch["rows"].cpu().int()[None, None, None]} if "rows" in batch else {}) | {"use_cache": False}
+    rows = {"attention_mask": torch.as_tensor(batch["rows"]).cpu().int()[None, None, None]} if "rows" in batch else {}
+    return found | rows | {"use_cache": False}
 
 
 def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(mask, targets)``: positions (B, L) whose next token is a response token, and those tokens (N,); ``labels`` may be one wider."""
+    """``(places, targets)``, both (N,): the positions whose next token is a response token, in (B, L) counted row by row and in that order, and
+    those tokens. ``labels`` may be one wider.
+    """
     nxt = torch.full_like(batch["input_ids"], IGNORE)
     found = batch["labels"][:, 1:]
     nxt[:, :found.shape[1]] = found
-    mask = nxt != IGNORE
-    return mask, nxt[mask]
+    nxt = nxt.flatten()
+    places = batch["places"] if "places" in batch else (nxt != IGNORE).nonzero()[:, 0]
+    return places, nxt[places]
 
 
-def response_logits(model, inputs: dict, mask: torch.Tensor, wrapped=None) -> torch.Tensor:
-    """Logits (N, V) at ``mask`` (B, L), which predict the response tokens, from the model's own forward with all that it does to them."""
-    with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][mask.to(args[0].device)], *args[1:])):
+def placed(batch: dict) -> dict:
+    """``batch`` with its ``places``; found before it moves to a GPU, they are not waited for there."""
+    return {**batch, "places": response_rows(batch)[0]}
+
+
+def at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """What ``hidden`` (B, L, H) is at ``places``: (N, H)."""
+    return hidden.flatten(0, 1).index_select(0, places.to(hidden.device))
+
+
+def response_logits(model, inputs: dict, places: torch.Tensor, wrapped=None) -> torch.Tensor:
+    """Logits (N, V) at ``places``, which predict the response tokens, from the model's own forward with all that it does to them."""
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (at(args[0], places), *args[1:])):
         return (model if wrapped is None else wrapped)(**taken(inputs)).logits
 
 
-def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
-    """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``mask``, called inside the forward pass. There, parameters
-    that ``wrapped`` shards are whole. What comes after the last attention is done at ``mask`` alone, where known.
+def at_head(model, inputs: dict, places: torch.Tensor, compute, wrapped=None):
+    """``compute(hidden)`` with the hidden states (N, H) that reach the LM head at ``places``, called inside the forward pass. There, parameters
+    that ``wrapped`` shards are whole. What comes after the last attention is done at ``places`` alone, where known.
     """
     results, head, (feed_forward, norm) = [], model.get_output_embeddings(), _after_attention(model)
-    places = mask.nonzero(as_tuple=True)
 
-    def where(x):  # a model may be spread over several devices
-        return tuple(place.to(x.device) for place in places)
+    def spread(few, like):
+        return few.new_zeros(like.shape).flatten(0, 1).index_copy(0, places.to(few.device), few).view(like.shape)
 
     def forward(hidden):
-        results.append(compute(hidden[where(hidden)] if norm is None else hidden[0]))
+        results.append(compute(at(hidden, places) if norm is None else hidden[0]))
         # A wrapper looks from the output for the parameters in use; the model may scale or cap what it takes for logits.
         return results[0].sum() * hidden.new_ones(1, 1, 1)
 
@@ -97,8 +117,8 @@ def at_head(model, inputs: dict, mask: torch.Tensor, compute, wrapped=None):
         stack.enter_context(patch.object(head, "forward", forward))
         if norm is not None:
             dense, last = feed_forward.forward, norm.forward
-            stack.enter_context(patch.object(feed_forward, "forward", lambda x: (y := dense(x[where(x)])).new_zeros(x.shape).index_put_(where(y), y)))
-            stack.enter_context(patch.object(norm, "forward", lambda x: last(x[where(x)])[None]))
+            stack.enter_context(patch.object(feed_forward, "forward", lambda x: spread(dense(at(x, places)), x)))
+            stack.enter_context(patch.object(norm, "forward", lambda x: last(at(x, places))[None]))
         (model if wrapped is None else wrapped)(**taken(inputs))
     return results[0]
 
@@ -138,10 +158,10 @@ def linear_head(model) -> dict | None:
              "softcap": getattr(config, "final_logit_softcapping", None)}
     head, large = Head(module.weight, module.bias, **found), torch.linspace(-99, 99, module.weight.shape[0]).to(module.weight)
     with _few_tokens(model) as inputs:
-        mask = inputs["input_ids"] % 2 == 1
-        own = response_logits(model, inputs, mask)
+        places = torch.tensor([1, 3])
+        own = response_logits(model, inputs, places)
         try:
-            ours = at_head(model, inputs, mask, lambda hidden: Hidden(hidden, head).logits).to(own.dtype)
+            ours = at_head(model, inputs, places, lambda hidden: Hidden(hidden, head).logits).to(own.dtype)
         except (TypeError, ValueError, RuntimeError, IndexError):  # the layout of Llama by name alone
             return None
         with patch.object(module, "forward", lambda hidden: large.expand(*hidden.shape[:-1], -1)):
@@ -219,7 +239,8 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
     how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None
     inner = getattr(model, "get_base_model", lambda: model)()  # of adapters, which write to it
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    batch_size = batch_size or max(1, min(256, HELD.get(model.device.type, 2**17) // longest))
+    rows, tokens = HELD.get(model.device.type, (1024, 2**17))
+    batch_size = batch_size or max(1, min(rows, tokens // longest))
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         ids, seen = (pad_sequence([torch.tensor(row(prompts[i])) for i in chunk], True, filler, "left").to(model.device)

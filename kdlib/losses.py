@@ -225,7 +225,7 @@ def _by_hand(z, targets, teacher, o: Objective) -> torch.Tensor:
         near = log_q.gather(1, teacher.ids)
         slope = log_q.exp_().scatter_(1, teacher.ids, 0)
         rest = slope.sum(-1).log()
-        rest[(rest < -80) & (teacher.log_tail > rest)] = math.nan  # too little to have digits
+        rest.masked_fill_((rest < -80) & (teacher.log_tail > rest), math.nan)  # too little to have digits
         with torch.enable_grad():
             loss = o.alpha * _of_few(near.requires_grad_(), rest.requires_grad_(), teacher, o).sum()
         by_near, by_rest = torch.autograd.grad(loss, (near, rest))
@@ -291,5 +291,5 @@ class _Chunked(torch.autograd.Function):
         if made is None:
             raise RuntimeError("The chunked loss can be differentiated once; compute it anew for another backward pass.")
         factors = (grad * ctx.share, grad, grad)
-        gradients = [None if g is None else (g if f == 1 else g.mul_(f)).to(dtype) for (g, dtype), f in zip(made, factors)]
+        gradients = [None if g is None else g.mul_(f).to(dtype) for (g, dtype), f in zip(made, factors)]
         return (*gradients, *[None] * (9 - len(gradients)))

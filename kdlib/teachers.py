@@ -1,7 +1,7 @@
 """Teacher targets behind one interface: a live model, or a cache of what it said about every training example.
 
 ``prepare(student, tokenizer, dataset, objective, device)`` checks before training all that can be checked and returns the common
-vocabulary; ``targets(inputs, mask)`` are a batch's teacher rows as :mod:`kdlib.losses` takes them.
+vocabulary; ``targets(inputs, places)`` are a batch's teacher rows as :mod:`kdlib.losses` takes them.
 
 A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits; ``hidden``, what the
 teacher's LM head reads and that head once, as exact and smaller in large vocabularies; ``top_k``, the k largest log-probabilities and the
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors.torch import load_file, save_file
 
@@ -50,12 +51,12 @@ class Live:
         return models.common_vocabulary(tokenizer, self.tokenizer, *widths)
 
     @torch.no_grad()
-    def targets(self, inputs: dict, mask: torch.Tensor) -> Hidden | torch.Tensor:
+    def targets(self, inputs: dict, places: torch.Tensor) -> Hidden | torch.Tensor:
         """Hidden states with their head, or logits where the head is not one matrix."""
         if self.linear is None:
-            return inference.response_logits(self.model, inputs, mask)
+            return inference.response_logits(self.model, inputs, places)
         module = self.model.get_output_embeddings()
-        return Hidden(inference.at_head(self.model, inputs, mask, lambda hidden: hidden), Head(module.weight, module.bias, **self.linear))
+        return Hidden(inference.at_head(self.model, inputs, places, lambda hidden: hidden), Head(module.weight, module.bias, **self.linear))
 
 
 def weights_hash(model) -> str:
@@ -189,20 +190,21 @@ def _write_shard(work: Path, model, tokenizer, spec: dict, batch_size: int, rows
     while left := len(order):
         longest = len(rows[order[min(batch_size, left) - 1]]["input_ids"])
         chunk = [order.pop(0) for _ in range(max(1, min(batch_size, left, 2**29 // (longest * wide))))]  # whose logits are held at once
-        batch = {n: v.to(model.device) for n, v in collate([rows[i] for i in chunk]).items()}
-        mask, _ = inference.response_rows(batch)
-        parts = {n: v.cpu().split(mask.sum(1).tolist()) for n, v in _pack(model, batch, mask, spec, generator).items()}
+        batch = inference.placed(collate([rows[i] for i in chunk]))
+        counts = (batch["places"] // batch["input_ids"].shape[1]).bincount(minlength=len(chunk)).tolist()
+        parts = {n: v.cpu().split(counts) for n, v in _pack(model, send_to_device(batch, model.device), spec, generator).items()}
         for place, i in enumerate(chunk):
             out[i] = {n: v[place].flatten().numpy() for n, v in parts.items()}
     keys = {"key": [example_key(r["id"]) for r in rows], "tokens": [store.digest([r["input_ids"], r["labels"]]) for r in rows]}
     Dataset.from_dict({**keys, **{n: [o[n] for o in out] for n in out[0]}}).save_to_disk(work, num_shards=1)
 
 
-def _pack(model, batch, mask, spec: dict, generator) -> dict:
+def _pack(model, batch, spec: dict, generator) -> dict:
+    places, _ = inference.response_rows(batch)
     kind, small = getattr(torch, spec["dtype"]), torch.uint16 if spec["vocabulary"] <= 2**16 else torch.int32
     if spec["form"] == "hidden":
-        return {"hidden": inference.at_head(model, batch, mask, lambda hidden: hidden).to(kind)}
-    logits = inference.response_logits(model, batch, mask)[:, :spec["vocabulary"]].float()
+        return {"hidden": inference.at_head(model, batch, places, lambda hidden: hidden).to(kind)}
+    logits = inference.response_logits(model, batch, places)[:, :spec["vocabulary"]].float()
     if spec["form"] == "full":
         return {"logits": logits.to(kind)}
     log_p = torch.log_softmax(logits / spec["temperature"], -1)
@@ -257,16 +259,17 @@ class Cached:
         self.head = self.head and {n: v.to(device) for n, v in self.head.items()}
         return size
 
-    def targets(self, inputs: dict, mask: torch.Tensor) -> Sparse | Hidden | torch.Tensor:
+    def targets(self, inputs: dict, places: torch.Tensor) -> Sparse | Hidden | torch.Tensor:
         """The rows of a batch that names its examples (``example``, as the collator does)."""
         if "example" not in inputs:
             raise ValueError("A cached teacher needs batches that name their examples; allowed: kdlib.data.Collator.")
-        places, device = [self.place[key] for key in inputs["example"].tolist()], mask.device
+        found, device = [self.place[key] for key in inputs["example"].tolist()], places.device
 
         def column(name):
-            parts = [(self.shards[shard][name], row) for shard, row, _ in places]
+            parts = [(self.shards[shard][name], row) for shard, row, _ in found]
             flat = np.concatenate([values[offsets[row]:offsets[row + 1]] for (offsets, values), row in parts])
-            return torch.from_numpy(flat).to(device, non_blocking=True).view(-1, self.widths[name])
+            held = torch.from_numpy(flat).view(-1, self.widths[name])
+            return (held.pin_memory() if device.type == "cuda" else held).to(device, non_blocking=True)  # not waited for
 
         if self.spec["form"] == "full":
             return column("logits")

@@ -6,11 +6,14 @@ import os
 import random
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from unittest.mock import patch  # an attribute for a while, and then what was there
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from transformers import DataCollatorWithPadding, PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
@@ -22,6 +25,10 @@ from kdlib.teachers import Live
 
 FIXED = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "gradient_accumulation_steps", "seed", "train_sampling_strategy",
          "remove_unused_columns", "num_train_epochs", "eval_strategy", "label_smoothing_factor", "save_strategy")  # of TrainingArguments, which train sets
+
+
+def _collate(collator, rows: list) -> dict:
+    return inference.placed(collator(rows))
 
 
 class DistillationTrainer(Trainer):
@@ -66,6 +73,10 @@ class DistillationTrainer(Trainer):
             rows = chain.from_iterable(d.once() if isinstance(d, Rows) else d or () for d in (self.train_dataset, *held))
             self.vocabulary = self.teacher.prepare(self.model, self.processing_class, rows, objective, self.args.device)
 
+    def _get_dataloader(self, *args, **kwargs):
+        with patch.object(self, "data_collator", partial(_collate, self.data_collator)):
+            return super()._get_dataloader(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, some with the student's own answers, and their response tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -88,31 +99,33 @@ class DistillationTrainer(Trainer):
                                      eos_token_id=tokenizer.eos_token_id, temperature=1.0, vocabulary=self.vocabulary)
         model.train()
         rows = [{"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in zip(prompts, answers)]
-        return {k: v.to(batch["input_ids"].device) for k, v in Collator(tokenizer.pad_token_id)(rows).items()}
+        return send_to_device(Collator(tokenizer.pad_token_id)(rows), batch["input_ids"].device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch as its share of the optimizer step's mean over response tokens."""
-        mask, targets = inference.response_rows(inputs)
-        teacher = self.teacher.targets(inputs, mask) if self.teacher is not None else None
+        places, targets = inference.response_rows(inputs)
+        teacher = self.teacher.targets(inputs, places) if self.teacher is not None else None
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         how = {"num_items": count, "vocabulary": self.vocabulary, **vars(self.objective)}
         bare = model if model is self.model else self.accelerator.unwrap_model(model)
         if return_outputs:  # whole, which metrics expect
             logits = model(**inference.taken(inputs)).logits
             wider = inputs["labels"].shape[1] - logits.shape[1]
-            return distillation_loss(logits[mask], targets, teacher, **how), {"logits": F.pad(logits, (0, 0, 0, wider))}
+            return distillation_loss(inference.at(logits, places), targets, teacher, **how), {"logits": F.pad(logits, (0, 0, 0, wider))}
         if self.linear is None:
-            loss = distillation_loss(inference.response_logits(bare, inputs, mask, model), targets, teacher, **how)
+            loss = distillation_loss(inference.response_logits(bare, inputs, places, model), targets, teacher, **how)
         else:
             module = bare.get_output_embeddings()
-            loss = inference.at_head(bare, inputs, mask, lambda hidden: linear_distillation_loss(
+            loss = inference.at_head(bare, inputs, places, lambda hidden: linear_distillation_loss(
                 hidden, Head(module.weight, module.bias, **self.linear), targets, teacher, chunk_size=self.chunk_size, **how), model)
         return loss * (self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The response tokens of an optimizer step on all devices, those that :meth:`compute_loss` finds."""
-        count = sum((inference.response_rows(batch)[0].sum() for batch in batch_samples), torch.tensor(0)).to(device)
-        return self.accelerator.gather(count).sum() if self.args.average_tokens_across_devices else count
+        count = sum(len(inference.response_rows(batch)[1]) for batch in batch_samples)
+        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            return int(self.accelerator.gather(torch.tensor(count, device=device)).sum())
+        return count
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One batch of an evaluation; the loss alone where nobody asks for logits, so that they are never held whole."""
@@ -198,8 +211,10 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
     if adapters is not None:
         set_seed(seed)  # adapters are drawn here
         model = peft().get_peft_model(model, adapters)
-    usual = {"lr_scheduler_type": "linear", "warmup_steps": round(warmup * steps), "weight_decay": 0.0, "dataloader_pin_memory": torch.accelerator.is_available(),
-             "report_to": [], "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
+    there = torch.accelerator.is_available()
+    usual = {"lr_scheduler_type": "linear", "warmup_steps": round(warmup * steps), "weight_decay": 0.0, "report_to": [], "logging_strategy": "no",
+             "disable_tqdm": True, "use_cpu": not there, "dataloader_pin_memory": there, "accelerator_config": {"non_blocking": there},
+             "logging_nan_inf_filter": False}  # which would wait for the device at every step, and hide that a loss diverged
     if saves := arguments.get("save_steps", steps) < steps:
         usual["save_total_limit"] = 1
     fixed = (str(output_dir), steps, batch_size // ranks // parts, learning_rate, parts, seed, "sequential", False, 1, "no", 0, "steps" if saves else "no")

@@ -74,9 +74,9 @@ def test_operations_of_a_forward_pass_are_counted_exactly(gqa, named):
     model, s = gqa
     for row in named[:8]:
         batch, n = data.Collator(0)([row]), len(row["input_ids"]) - 1
-        mask, _ = inference.response_rows(batch)
+        places, _ = inference.response_rows(batch)
         with torch.no_grad():
-            assert counted(lambda: inference.at_head(model, batch, mask, lambda h: h @ model.lm_head.weight.T)) == costs.flops(s, *sizes(row))
+            assert counted(lambda: inference.at_head(model, batch, places, lambda h: h @ model.lm_head.weight.T)) == costs.flops(s, *sizes(row))
             assert counted(lambda: model(input_ids=batch["input_ids"])) == costs.flops(s, 1, n + 1, n), "with the logits of all"
 
 

@@ -37,19 +37,17 @@ def batch_of():
     ids = torch.arange(3, 27).reshape(2, 12) % 60
     seen = torch.ones_like(ids)
     seen[1, 9:] = 0
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[0, [2, 3, 7, 10]] = mask[1, [1, 8]] = True
-    return {"input_ids": ids, "attention_mask": seen}, mask
+    return {"input_ids": ids, "attention_mask": seen}, torch.tensor([2, 3, 7, 10, 13, 20])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_reaches_the_head_gives_the_models_own_logits_and_gradients(family):
-    model, (inputs, mask) = model_of(family), batch_of()
+    model, (inputs, places) = model_of(family), batch_of()
     found, head = inference.linear_head(model), model.get_output_embeddings()
     assert found is not None and (inference._after_attention(model)[1] is not None) == FAMILIES[family][1]
-    weight = torch.randn(mask.sum(), 60, generator=torch.Generator().manual_seed(1))
-    ways = (lambda: model(**inputs).logits[mask], lambda: inference.response_logits(model, inputs, mask),
-            lambda: inference.at_head(model, inputs, mask, lambda hidden: Hidden(hidden, Head(head.weight, head.bias, **found)).logits))
+    weight = torch.randn(len(places), 60, generator=torch.Generator().manual_seed(1))
+    ways = (lambda: model(**inputs).logits.flatten(0, 1)[places], lambda: inference.response_logits(model, inputs, places),
+            lambda: inference.at_head(model, inputs, places, lambda hidden: Hidden(hidden, Head(head.weight, head.bias, **found)).logits))
     logits = [way() for way in ways]
     slopes = [torch.autograd.grad((values * weight).sum(), list(model.parameters()), allow_unused=True) for values in logits]
     for other in (1, 2):
@@ -145,7 +143,7 @@ def test_a_head_is_not_trusted_on_its_configuration(change):
 
 @pytest.mark.parametrize("by", ["transformers", "a wrapper"])
 def test_layers_that_are_computed_twice_are_left_as_they_are(by):
-    model, (inputs, mask) = model_of("Llama"), batch_of()
+    model, (inputs, places) = model_of("Llama"), batch_of()
     twice = copy.deepcopy(model).train()
     if by == "transformers":
         twice.gradient_checkpointing_enable()
@@ -154,7 +152,7 @@ def test_layers_that_are_computed_twice_are_left_as_they_are(by):
     slopes = []
     for m in (model, twice):
         m.train()
-        inference.at_head(m, inputs, mask, lambda hidden: hidden.square().sum()).backward()
+        inference.at_head(m, inputs, places, lambda hidden: hidden.square().sum()).backward()
         slopes.append([p.grad for p in m.model.parameters()])
     for a, b in zip(*slopes):
         torch.testing.assert_close(a, b)
@@ -162,9 +160,9 @@ def test_layers_that_are_computed_twice_are_left_as_they_are(by):
 
 def test_an_architecture_that_has_the_names_alone_uses_its_own_forward_pass():
     config = transformers.GptOssConfig(**SIZE, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2)
-    model, (inputs, mask) = transformers.AutoModelForCausalLM.from_config(config).eval(), batch_of()
+    model, (inputs, places) = transformers.AutoModelForCausalLM.from_config(config).eval(), batch_of()
     assert inference.linear_head(model) is None and not any("forward" in vars(m) for m in model.modules())
-    torch.testing.assert_close(inference.response_logits(model, inputs, mask), model(**inputs).logits[mask])
+    torch.testing.assert_close(inference.response_logits(model, inputs, places), model(**inputs).logits.flatten(0, 1)[places])
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
@@ -192,10 +190,10 @@ def test_keys_and_values_that_are_kept_in_place_change_no_digit(family, monkeypa
 
 @pytest.mark.parametrize("family, fused", [("Llama", 5), ("Qwen3", 9), ("Mixtral", 5), ("Gemma2", 0), ("GPT2", 0)])
 def test_norms_done_at_once_change_no_digit(family, fused):
-    before, (inputs, mask) = model_of(family), batch_of()
+    before, (inputs, places) = model_of(family), batch_of()
     inference.fuse_norms(after := copy.deepcopy(before))
     assert sum("forward" in vars(module) for module in after.modules()) == fused
-    values, slopes = zip(*((logits, torch.autograd.grad(logits[mask].logsumexp(-1).sum(), list(model.parameters())))
+    values, slopes = zip(*((logits, torch.autograd.grad(logits.flatten(0, 1)[places].logsumexp(-1).sum(), list(model.parameters())))
                            for model in (before, copy.deepcopy(after)) for logits in [model(**inputs).logits]))
     assert torch.equal(*values) and all(map(torch.equal, *slopes))
     half = [model.bfloat16()(**inputs).logits.detach().float() for model in (before, after)]

@@ -244,6 +244,19 @@ def test_make_study_runs_what_a_preset_is_able_to_do(tmp_path, arguments, last):
     assert (done.stderr or done.stdout).strip() == last
 
 
+def test_make_study_trains_the_runs_of_all_experiments_and_worlds_in_one_pool(tmp_path):
+    together = runpy.run_path(str(ROOT / ".ci" / "compute.py"))["together"]
+    names = ("data_budget", "teacher_strength", "two_stage_domain")
+    plans = [study.plan(n, {"preset": "smoke", "results_dir": str(tmp_path), "world_seed": w}) for w in (0, 1) for n in names]
+    made = together("smoke", "0,1", str(tmp_path), "3", *(f"notebooks/0{i}_{n}.ipynb" for i, n in enumerate(names, 2)), "notebooks/07_learning_rates.ipynb")
+    assert len(made.ids) == len(set(made.ids)) < sum(len(p.ids) for p in plans) and made.workers == 3
+    assert set(made.ids) == {i for p in plans for i in p.ids} and made.root == tmp_path
+    with pytest.raises(ValueError, match="^workers='two' has type str; allowed: a whole number from 0"):
+        together("smoke", "0", str(tmp_path), "two", "notebooks/02_data_budget.ipynb")
+    assert together("lab", "0,1,2", str(ROOT / "results"), "0", "notebooks/02_data_budget.ipynb", "notebooks/04_two_stage_domain.ipynb") is None
+    assert together("smoke", "0", str(tmp_path), "0", "notebooks/07_learning_rates.ipynb") is None, "which trains its own"
+
+
 def test_the_readmes_files_and_make_targets_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text()

@@ -28,12 +28,12 @@ def cache(folder, teacher, tokenizer, examples, **how):
 def rows_of(source, student, tokenizer, examples, objective=KD, chosen=(3, 0, 47, 20, 21)):
     """``(teacher rows, student logits, targets)`` of a batch in an order of its own."""
     batch = data.Collator(0)([examples[i] for i in chosen])
-    mask, targets = inference.response_rows(batch)
+    places, targets = inference.response_rows(batch)
     vocabulary = source.prepare(student, tokenizer, examples, objective, "cpu")
-    found = source.targets(batch, mask)
+    found = source.targets(batch, places)
     if isinstance(found, Hidden):
         found = found.logits
-    return found, inference.response_logits(student, batch, mask).detach().requires_grad_(), targets, vocabulary
+    return found, inference.response_logits(student, batch, places).detach().requires_grad_(), targets, vocabulary
 
 
 def loss_and_gradient(source, student, tokenizer, examples, objective=KD):

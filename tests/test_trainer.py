@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from kdlib import data, inference, models, trainer
@@ -43,21 +44,21 @@ def fit(model, rows, tmp_path, tokenizer, *, steps=3, batch_size=8, teacher=None
 def test_rows_are_those_that_predict_a_response_token():
     labels = torch.tensor([[-100, 5, 6, -100], [7, -100, -100, 8]])
     batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "labels": labels}
-    mask, targets = response_rows(batch)
-    assert mask.tolist() == [[True, True, False, False], [False, False, True, False]]
+    places, targets = response_rows(batch)
+    assert places.tolist() == [0, 1, 6]
     assert targets.tolist() == [5, 6, 8]  # a label at position 0 has no position before it
     wider, wanted = response_rows({"input_ids": batch["input_ids"][:, :3], "labels": labels})
-    assert torch.equal(wider, mask[:, :3]) and torch.equal(wanted, targets), "a last token that is a label only"
+    assert wider.tolist() == [0, 1, 5] and torch.equal(wanted, targets), "a last token that is a label only"
 
 
 def test_only_response_rows_reach_the_head_and_are_the_plain_ones(student, rows, tokenizer):
     batch, seen = batch_of(rows), []
     handle = student.lm_head.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
-    mask, targets = response_rows(batch)
-    logits = response_logits(student, batch, mask)
+    places, targets = response_rows(batch)
+    logits = response_logits(student, batch, places)
     handle.remove()
     assert seen == [(len(targets), 64)] and logits.shape[0] == len(targets) < batch["attention_mask"].sum()
-    torch.testing.assert_close(logits, full_logits(student, batch)[mask])
+    torch.testing.assert_close(logits, full_logits(student, batch).flatten(0, 1)[places])
     assert not student.lm_head._forward_pre_hooks, "nothing is left behind"
 
 
@@ -134,7 +135,7 @@ def test_packing_and_the_side_of_padding_change_nothing(student, teacher, rows, 
         write_cache(tmp_path / "cache", teacher, tokenizer, examples, form="hidden", dtype="float32"))
     padded, packed = (data.Collator(0, pack)(examples[:16]) for pack in (False, True))
     assert "position_ids" in packed and packed["input_ids"].numel() < padded["input_ids"].numel()
-    left = {k: v.clone() for k, v in padded.items()}
+    left = copy.deepcopy(padded)
     for i, n in enumerate(padded["attention_mask"].sum(1).tolist()):
         for name in ("input_ids", "attention_mask", "labels"):
             left[name][i] = left[name][i].roll(padded["input_ids"].shape[1] - n)
@@ -192,6 +193,41 @@ def test_the_step_counts_the_tokens_that_its_loss_sums(tokenizer, tmp_path, rows
     assert learner.get_batch_samples(iter([]), 1, learner.args.device) == ([], 0), "where data end without saying so before"
 
 
+class _Asked(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for: numbers, and shapes, that depend on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        chosen = [x for x in args[1] if torch.is_tensor(x)] if "index" in str(func) and isinstance(args[1], (list, tuple)) else []
+        self.count += any(n in str(func) for n in ("_local_scalar_dense", "nonzero", "masked_select")) or any(x.dtype == torch.bool for x in chosen)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", [None, "live", "top_k"])
+def test_a_step_asks_the_device_for_one_number(student, teacher, tmp_path, tokenizer, form, monkeypatch):
+    """Whether the loss is finite. Where several processes share a GPU, each question costs a turn of all others."""
+    examples = [{"id": str(i), "input_ids": [*range(6 + 6 * i, 76)], "labels": [-100] * 20 + [*range(26 + 6 * i, 76)]} for i in range(8)]
+    source = None if form is None else Live(teacher, tokenizer) if form == "live" else Cached(write_cache(tmp_path / "c", teacher, tokenizer, examples))
+    asked, before, place, step = _Asked(), [], inference.placed, trainer.DistillationTrainer.training_step
+
+    def on_the_host(batch):
+        known = asked.count
+        made, asked.count = place(batch), known
+        return made
+
+    def counted(*args):
+        before.append(asked.count)
+        return step(*args)
+
+    monkeypatch.setattr(inference, "placed", on_the_host)
+    monkeypatch.setattr(trainer.DistillationTrainer, "training_step", counted)
+    with asked:
+        trainer.train(student, tokenizer, [examples[i % 8] for i in range(32)], steps=4, batch_size=8, learning_rate=1e-3, seed=0, output_dir=tmp_path,
+                      teacher=source, objective=Objective(float(form is not None)))
+    assert [b - a for a, b in zip(before, before[1:])] == [1, 1, 1]
+
+
 def test_an_evaluations_loss_is_the_mean_over_tokens_however_it_is_batched(student, teacher, rows, tmp_path, tokenizer):
     held = sorted((rows[i] for i in range(13)), key=lambda r: len(r["labels"]))
     found = [made(student, held, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), per_device_eval_batch_size=size).evaluate(held)["eval_loss"]
@@ -233,9 +269,9 @@ def test_the_teacher_is_frozen_and_unchanged(student, teacher, rows, tmp_path, t
 def test_distillation_moves_the_student_towards_the_teacher(student, teacher, rows, tmp_path, tokenizer):
     def divergence(model):
         batch = batch_of(rows)
-        mask, _ = response_rows(batch)
+        places, _ = response_rows(batch)
         with torch.no_grad():
-            q, p = (log_softmax(response_logits(m, batch, mask), -1) for m in (model, teacher))
+            q, p = (log_softmax(response_logits(m, batch, places), -1) for m in (model, teacher))
         return kl_div(q, p, log_target=True, reduction="batchmean").item()
 
     before, learner = divergence(student), copy.deepcopy(student)
@@ -338,7 +374,7 @@ def test_on_policy_answers_are_the_students_and_nothing_after_their_end(student,
 def test_on_policy_prompts_hold_no_padding(student, teacher, rows, tmp_path, tokenizer):
     learner = made(student, rows, tmp_path, tokenizer, teacher=Live(teacher, tokenizer), lmbda=1.0, max_new_tokens=4)
     batch = batch_of(rows)
-    left = {k: torch.nn.functional.pad(v, (5, 0), value=-100 if k == "labels" else 0) for k, v in batch.items()}
+    left = {k: torch.nn.functional.pad(v, (5, 0), value=-100 if k == "labels" else 0) for k, v in batch.items() if k != "example"}
     answers = []
     for given in (batch, left):
         torch.manual_seed(3)
@@ -444,9 +480,9 @@ def test_low_rank_adapters_learn_and_nothing_else_does(student, teacher, rows, t
     moved = {k for k, v in weights(learner.model).items() if not torch.equal(v, before[k])}
     assert moved and all("lora_" in k for k in moved)
     batch = batch_of(rows)
-    mask, _ = response_rows(batch)
+    places, _ = response_rows(batch)
     whole = learner.model.merge_and_unload()
-    torch.testing.assert_close(response_logits(whole, batch, mask), full_logits(whole, batch)[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(response_logits(whole, batch, places), full_logits(whole, batch).flatten(0, 1)[places], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options, message", [

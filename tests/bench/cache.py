@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 
 from kdlib import data, inference, models, stages, store, study, teachers
 from kdlib.losses import Hidden, Objective, distillation_loss
@@ -33,8 +34,8 @@ def gradient(student, source, batches):
     student.zero_grad()
     total = count = 0
     for batch in batches:
-        mask, targets = inference.response_rows(batch)
-        loss = distillation_loss(inference.response_logits(student, batch, mask), targets, source.targets(batch, mask), num_items=1)
+        places, targets = inference.response_rows(batch)
+        loss = distillation_loss(inference.response_logits(student, batch, places), targets, source.targets(batch, places), num_items=1)
         loss.backward()
         total, count = total + loss.item(), count + len(targets)
     return total / count, torch.cat([p.grad.flatten() for p in student.parameters()]) / count, count
@@ -54,11 +55,11 @@ def main(name: str, folder: str, most: int | None = None) -> dict:
         cached, live = teachers.Cached(made), teachers.Live(teacher, tokenizer)
         for source in (cached, live):
             source.prepare(student, tokenizer, rows, Objective(), student.device)
-        batches = [{k: v.to(student.device) for k, v in b.items()} for b in batches_of(rows)]
-        masks = [inference.response_rows(b)[0] for b in batches]
+        batches = [send_to_device(b, student.device) for b in batches_of(rows)]
+        where = [inference.response_rows(b)[0] for b in batches]
         began = time.perf_counter()
-        for batch, mask in zip(batches, masks):
-            found = cached.targets(batch, mask)
+        for batch, places in zip(batches, where):
+            found = cached.targets(batch, places)
             found = found.logits if isinstance(found, Hidden) else found
         read = time.perf_counter() - began
         exact, wanted, tokens = gradient(student, live, batches)
