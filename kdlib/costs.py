@@ -163,6 +163,7 @@ def report(plan, ranks: int | None = None) -> None:
     """Print a plan's grid with the runs found, its work, the hours of each device, and the memory on each of ``ranks``, by default as many as
     the Accelerate configuration in KDLIB_LAUNCH shards over.
     """
+    from kdlib.inference import answered_at_once  # with torch, which importing this does not need
     launched = runner.launch_settings()
     ranks = ranks or (launched["num_processes"] if launched.get("distributed_type") == "FSDP" else 1)
     p, whole, left, show = plan.preset, estimate(plan), estimate(plan, missing=True), EngFormatter(2, True)
@@ -180,7 +181,7 @@ def report(plan, ranks: int | None = None) -> None:
     def at_once(how: dict) -> int:
         return min(how["batch_size"], how.get("training", {}).get("micro_batch") or how["batch_size"])
 
-    answers, scores = max(1, min(1024, 2**17 // p.max_length)), max(1, min(64, 2**28 // int(p.max_length * s.vocab)))
+    scores = max(1, min(64, 2**28 // int(p.max_length * s.vocab)))
     for (name, row), again in product({"mean": whole.attrs["row"], "longest": [p.max_length] * 2}.items(), (False, True)):
         how = {**phase.get("training", {}), "activation_checkpointing": again}
         needs[f"student, {name} rows{', recomputed' * again}"] = memory(s, *np.multiply(at_once(phase), row), how, ranks)
@@ -192,8 +193,9 @@ def report(plan, ranks: int | None = None) -> None:
             needs[title] = max(every, key=lambda parts: sum(parts.values()))
     if taught := [shape(f["teacher"]) for c in plan.configs for f in c["phases"] if f["teacher"]]:
         big = max(taught, key=lambda s: s.weights)
-        held, kept = big.stored * big.weights / ranks, 2 * answers * big.layers * big.k * big.stored * p.max_length
-        needs[f"teacher, {answers} answers"] = {"weights": held, "keys and values": kept}  # as inference.generate batches
+        held, width = big.stored * big.weights / ranks, 2 * big.layers * big.k * big.stored
+        answers = answered_at_once(p.max_length, width)
+        needs[f"teacher, {answers} answers"] = {"weights": held, "keys and values": answers * width * p.max_length}
         needs[f"both, {scores} scores"] = {"weights": held + 4 * s.weights / ranks, "logits": 12 * scores * whole.attrs["row"][1] * s.vocab}
     needs = pd.DataFrame(needs).T.assign(all=lambda x: x.sum(axis=1))
     for title, frame, form in (

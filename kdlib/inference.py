@@ -17,7 +17,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kdlib.data import IGNORE
 from kdlib.losses import Head, Hidden
 
-HELD = {"cpu": (256, 20_000)}  # rows, and tokens whose keys and values are held at once; elsewhere 1024, which take no longer than one, and 2**17
 torch.backends.cuda.enable_cudnn_sdp(False)  # which plans anew for every length: answers took ten times as long
 ROWS = "sdpa_rows"  # an attention's name: torch's, which reads the rows of one sequence apart if told their lengths
 
@@ -230,6 +229,14 @@ def _cache(model, more: int) -> dict:
     return {"past_key_values": cache}
 
 
+def answered_at_once(longest: int, width: int, device: str = "cuda") -> int:
+    """How many rows of up to ``longest`` tokens are generated at once, where a token's keys and values take ``width`` bytes: on a processor up
+    to 256 of 20,000 tokens, elsewhere up to 1024, which take hardly longer than one, of 2**17 tokens or what 8 GiB hold.
+    """
+    rows, tokens = (256, 20_000) if device == "cpu" else (1024, max(2**17, 2**33 // width))
+    return max(1, min(rows, tokens // longest))
+
+
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, temperature: float = 0.0,
              batch_size: int | None = None, vocabulary: int | None = None) -> list[list[int]]:
@@ -239,8 +246,10 @@ def generate(model, prompts: list[list[int]], *, max_new_tokens: int, pad_token_
     how["suppress_tokens"] = list(range(vocabulary or 10**9, model.get_output_embeddings().weight.shape[0])) or None
     inner = getattr(model, "get_base_model", lambda: model)()  # of adapters, which write to it
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    rows, tokens = HELD.get(model.device.type, (1024, 2**17))
-    batch_size = batch_size or max(1, min(rows, tokens // longest))
+    config = model.config.get_text_config(decoder=True)
+    heads, few, dim = (getattr(config, n, None) for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    width = 2 * config.num_hidden_layers * (few or heads or 1) * (dim or config.hidden_size // (heads or 1)) * model.dtype.itemsize
+    batch_size = batch_size or answered_at_once(longest, width, model.device.type)
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         ids, seen = (pad_sequence([torch.tensor(row(prompts[i])) for i in chunk], True, filler, "left").to(model.device)

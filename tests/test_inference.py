@@ -206,3 +206,17 @@ def test_a_copy_with_norms_done_at_once_has_its_own_weights():
     with torch.no_grad():
         model.model.norm.weight.zero_()
         assert not model(**inputs).logits.any() and other(**inputs).logits.any()
+
+
+@pytest.mark.parametrize("family, width", [("Llama", 2 * 2 * 2 * 8 * 4), ("GPT2", 2 * 2 * 4 * 8 * 4), ("Mamba", 2 * 2 * 32 * 4)])
+def test_as_many_rows_are_generated_at_once_as_their_keys_and_values_leave_room(family, width, monkeypatch):
+    seen, model, real = [], model_of(family), inference.answered_at_once
+    monkeypatch.setattr(inference, "answered_at_once", lambda *told: seen.append(told) or real(*told))
+    inference.generate(model, [[5, 6], [7]], max_new_tokens=3, pad_token_id=0, eos_token_id=2)
+    assert seen == [(5, width, "cpu")]
+
+
+@pytest.mark.parametrize("longest, width, device, rows", [
+    (16, 1, "cpu", 256), (320, 1, "cpu", 62), (10**6, 1, "cpu", 1), (100, 2**17, "cuda", 1024), (512, 2**17, "cuda", 256), (512, 2**15, "cuda", 512)])
+def test_rows_generated_at_once(longest, width, device, rows):
+    assert inference.answered_at_once(longest, width, device) == rows
