@@ -82,13 +82,18 @@ def _train_and_evaluate(root: Path, identifier: str, config: dict, metric, keep:
     return {"metrics": metrics, "items": items, "config": config, "provenance": provenance}
 
 
+def _cost(name: str, spec: dict) -> float:
+    rows = spec.get("rows") or (spec.get("phases") or [{}])[-1].get("rows") or [spec]
+    return COSTS[name.split("-")[0]] / (8 if "/" in rows[0].get("set", "") else 1)  # of a domain, whose sets are small
+
+
 def tasks(runs: list[tuple[dict, dict]], root: Path, metric: str, keep: dict[str, Path] | None = None) -> tuple[dict[partial, float], dict[partial, list[partial]]]:
     """What makes ``runs`` (labels, configuration) with their artefacts, and its cost, first what the longest chain of others waits for; and
     what each needs of the others. ``keep`` says by run id where a model is to be kept.
     """
     below = [all_of(json.dumps(config)) for _, config in runs]
     made = {name: partial(stages.make, root, spec) for found in below for name, spec in found.items() if not path(root, spec).is_dir()}
-    costs = {task: COSTS[name.split("-")[0]] for name, task in made.items()}
+    costs = {task: _cost(name, task.args[1]) for name, task in made.items()}
     needs = {task: [made[name] for name in all_of(json.dumps(task.args[1])) if name in made] for task in made.values()}
     for (labels, config), found in zip(runs, below):
         costs[task := partial(execute, root, labels, config, metric, (keep or {}).get(results.run_id(config)))] = 2.0

@@ -434,6 +434,20 @@ def test_what_the_records_there_do_not_share_is_made_beside_the_runs(tiny_root, 
     assert calls == [{"make"}, {"make", "execute"}]
 
 
+def test_what_takes_longest_is_begun_first_and_what_it_needs_before_it(tmp_path):
+    preset, root = PRESETS["realtext-gpu"], store.open_folder(tmp_path / "r")
+    runs = [run for e in ("teacher_strength", "two_stage_domain") for run in study.grid(preset, e, 0)]
+    todo, needs = jobs.tasks(runs, root, preset.metric)
+    at = {task: i for i, task in enumerate(todo)}
+    assert all(at[other] < at[task] for task, others in needs.items() for other in others)
+    made = [(specs.path(root, t.args[1]).name, '"set": "m' in json.dumps(t.args[1]), i) for t, i in at.items() if t.func is stages.make]
+    strong, words = specs.path(root, study.model_spec(preset, "strong", 0)).name, {name for name, domain, _ in made if name.startswith("answers") and not domain}
+    for kind, general in (("model", {strong}), ("answers", words)):
+        place, = (i for name, _, i in made if name in general)
+        domains = [i for name, domain, i in made if domain and name.startswith(kind)]
+        assert len(domains) == 20 and place < min(domains), "a domain's sets are small"
+
+
 def test_records_of_other_data_than_those_at_hand_are_not_shown(tiny_root, tiny_records, tmp_path):
     shutil.copytree(tiny_root / ".cache", tmp_path / "r" / ".cache")
     store.write_atomic(tmp_path / "r" / store.MARKER, json.dumps(store.FORMAT))
