@@ -161,7 +161,7 @@ def stream(pools: list[list[int]], steps: int, batch_size: int, seed: int) -> li
 
 
 def example_key(identifier: str) -> int:
-    """A 63-bit key of an example's id, so that a batch can name its examples in an array."""
+    """A 63-bit key of an example's id, so that a batch can name its examples in a tensor."""
     return int.from_bytes(hashlib.blake2b(str(identifier).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -192,14 +192,13 @@ class Rows(Sequence):
 class Collator:
     """Batches of ``input_ids`` (B, L), ``labels`` (B, L + 1; a row's last token is a label only) and ``example``, the rows' ids. With
     ``pack`` rows share sequences where that saves a tenth of all tokens, and ``position_ids`` start anew in each: rows of up to 63 tokens two
-    by two, longer ones all in one without padding, for which ``rows`` are their lengths. ``example`` and ``rows`` are arrays, which stay
-    where they are read.
+    by two, longer ones all in one without padding, for which ``rows`` are their lengths.
     """
 
     pad_token_id: int
     pack: bool = False
 
-    def __call__(self, rows: list[dict]) -> dict:
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         for ids, labels in ((r["input_ids"], r.get("labels", ())) for r in rows):
             if not 0 < len(ids) == len(labels):
                 raise ValueError(f"Every row needs input_ids and as many labels; one has {len(ids)} and {len(labels)}.")
@@ -211,7 +210,7 @@ class Collator:
         if not (shared := 0 < len(order) * width <= 0.9 * len(rows) * max(lengths)):
             order, width = [[i] for i in range(len(rows))], max(lengths)
         marks = "position_ids" if shared else "attention_mask"
-        batch = {"rows": np.array([lengths[i] for i in order[0]])} if shared and len(order) == 1 else {}
+        batch = {"rows": torch.tensor([lengths[i] for i in order[0]])} if shared and len(order) == 1 else {}
         for name, shift, filler, part in (  # nothing predicts a row's first token
                 ("input_ids", 0, self.pad_token_id or 0, lambda i: rows[i]["input_ids"][:lengths[i]]),
                 ("labels", 1, IGNORE, lambda i: [*rows[i]["labels"][1:]] or IGNORE),
@@ -223,5 +222,5 @@ class Collator:
                     line[start:(start := start + lengths[i])] = part(i)
             batch[name] = torch.from_numpy(filled)
         if "id" in rows[0]:
-            batch["example"] = np.array([example_key(rows[i]["id"]) for place in order for i in place])
+            batch["example"] = torch.tensor([example_key(rows[i]["id"]) for place in order for i in place])
         return batch

@@ -59,7 +59,7 @@ def token_scores(model, rendered: list[dict], tokenizer, *, entropy: bool = Fals
         if entropy:
             part["entropy"] = -(log_q.exp() * log_q).nan_to_num().sum(-1)
         parts.append(part)
-    scores = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}  # a GPU is waited for once
+    scores = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}
     by_row = scores["row"].argsort(stable=True)
     return {k: v[by_row] for k, v in scores.items()}
 

@@ -1,11 +1,11 @@
 """What a causal LM says: its hidden states or logits at chosen positions only, and its own answers."""
 
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
-from types import MethodType
 from unittest.mock import patch  # an attribute for a while, and then what was there
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -25,21 +25,19 @@ def _rows_attention(module, query, key, value, attention_mask, **kwargs):
     """SDPA; where integers (1, 1, 1, rows) stand for the mask, causal within each of so many tokens of query, key and value."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths, device = attention_mask.flatten().tolist(), query.device
+    if not hasattr(attention_mask, "lengths"):  # one mask for all layers
+        attention_mask.lengths = attention_mask.flatten().tolist()
+    lengths, device = attention_mask.lengths, query.device
     kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
     if at_once := kind in (torch.float16, torch.bfloat16) and not kwargs.get("dropout") and _varlen(device, kind, query.shape[-1]):
-        bounds = _bounds(tuple(lengths), device)
+        if not hasattr(attention_mask, "bounds"):
+            attention_mask.bounds = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32).to(device, non_blocking=True)
+        bounds = attention_mask.bounds
         key, value = (x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         query, key, value = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
         return at_once(query, key, value, bounds, bounds, *[max(lengths)] * 2, scale=kwargs.get("scaling"), window_size=(-1, 0))[None], None
     rows = zip(*(x.split(lengths, 2) for x in (query, key, value)))
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
-
-
-@lru_cache(maxsize=8)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Where rows of such ``lengths`` begin and end, there for all layers."""
-    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 @lru_cache
@@ -74,17 +72,20 @@ def response_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """``(places, targets)``, both (N,): the positions whose next token is a response token, in (B, L) counted row by row and in that order, and
     those tokens. ``labels`` may be one wider.
     """
+    if "places" in batch:
+        return batch["places"], batch["targets"]
     nxt = torch.full_like(batch["input_ids"], IGNORE)
     found = batch["labels"][:, 1:]
     nxt[:, :found.shape[1]] = found
     nxt = nxt.flatten()
-    places = batch["places"] if "places" in batch else (nxt != IGNORE).nonzero()[:, 0]
+    places = (nxt != IGNORE).nonzero()[:, 0]
     return places, nxt[places]
 
 
 def placed(batch: dict) -> dict:
-    """``batch`` with its ``places``; found before it moves to a GPU, they are not waited for there."""
-    return {**batch, "places": response_rows(batch)[0]}
+    """``batch`` with what :func:`response_rows` says of it, before it moves to a GPU that would have to be waited for; what is read here stays."""
+    here = {k: np.asarray(batch[k]) for k in ("rows", "example") if k in batch}
+    return {**batch, **here, **dict(zip(("places", "targets"), response_rows(batch)))}
 
 
 def at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -194,11 +195,11 @@ def fuse_norms(model) -> None:
     """Have torch's own RMS norm do those of ``model`` that say the same as it, for good: on a GPU one kernel, not six; on a processor in float32
     the same to the bit.
     """
-    for norm in [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and hasattr(m, "variance_epsilon")]:
+    for norm in [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and hasattr(m, "variance_epsilon") and "forward" not in vars(m)]:
         few = torch.linspace(-3, 3, len(norm.weight)).to(norm.weight)[None]
         with torch.no_grad():
             if _close(norm(few), _rms_norm(norm, few)):
-                norm.forward = MethodType(_rms_norm, norm)
+                norm.forward = partial(_rms_norm, norm)
 
 
 class _Room(DynamicLayer):
@@ -231,9 +232,9 @@ def _cache(model, more: int) -> dict:
 
 def answered_at_once(longest: int, width: int, device: str = "cuda") -> int:
     """How many rows of up to ``longest`` tokens are generated at once, where a token's keys and values take ``width`` bytes: on a processor up
-    to 256 of 20,000 tokens, elsewhere up to 1024, which take hardly longer than one, of 2**17 tokens or what 8 GiB hold.
+    to 256 of 20,000 tokens, elsewhere up to 1024, which take hardly longer than one, of 2**17 tokens or what 8 GiB hold, while masks are small.
     """
-    rows, tokens = (256, 20_000) if device == "cpu" else (1024, max(2**17, 2**33 // width))
+    rows, tokens = (256, 20_000) if device == "cpu" else (min(1024, max(2**29 // longest, 2**17) // longest), max(2**17, 2**33 // width))
     return max(1, min(rows, tokens // longest))
 
 

@@ -128,7 +128,7 @@ def distillation_loss(student_logits: torch.Tensor, targets: torch.Tensor, teach
     teacher = teacher.logits if isinstance(teacher, Hidden) else teacher
     teacher = teacher[:, :vocabulary] if torch.is_tensor(teacher) else teacher
     _check(logits, logits.shape[1], targets, teacher)
-    return _row_losses(logits, targets, teacher, objective).sum() / torch.as_tensor(num_items, device=logits.device).clamp(min=1)
+    return _row_losses(logits, targets, teacher, objective).sum() / torch.as_tensor(num_items).clamp(min=1)
 
 
 def linear_distillation_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor, teacher=None, *, num_items: int | torch.Tensor,

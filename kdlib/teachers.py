@@ -1,7 +1,7 @@
 """Teacher targets behind one interface: a live model, or a cache of what it said about every training example.
 
 ``prepare(student, tokenizer, dataset, objective, device)`` checks before training all that can be checked and returns the common
-vocabulary; ``targets(inputs, places)`` are a batch's teacher rows as :mod:`kdlib.losses` takes them.
+vocabulary; ``targets(inputs, places)`` are a batch's teacher rows at ``places`` (:func:`kdlib.inference.response_rows`) as :mod:`kdlib.losses` takes them.
 
 A cache is a folder of Arrow shards with manifests, read by example id, never by order. Its forms: ``full``, all logits; ``hidden``, what the
 teacher's LM head reads and that head once, as exact and smaller in large vocabularies; ``top_k``, the k largest log-probabilities and the
@@ -269,7 +269,7 @@ class Cached:
             parts = [(self.shards[shard][name], row) for shard, row, _ in found]
             flat = np.concatenate([values[offsets[row]:offsets[row + 1]] for (offsets, values), row in parts])
             held = torch.from_numpy(flat).view(-1, self.widths[name])
-            return (held.pin_memory() if device.type == "cuda" else held).to(device, non_blocking=True)  # not waited for
+            return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)  # the first is not waited for
 
         if self.spec["form"] == "full":
             return column("logits")

@@ -14,6 +14,7 @@ from unittest.mock import patch  # an attribute for a while, and then what was t
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
+from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
@@ -37,7 +38,8 @@ class DistillationTrainer(Trainer):
     Takes what ``transformers.Trainer`` takes, and ``teacher``, targets of :mod:`kdlib.teachers`, with an :class:`~kdlib.losses.Objective`.
     On-policy distillation (Agarwal et al. 2024, arXiv 2306.13649): a share ``lmbda`` of the batches takes the student's own samples for
     answers, of at most ``max_new_tokens``, and a live teacher's word on them. Losses are means over the response tokens of the whole
-    optimizer step, on all devices. Batches are by default :class:`~kdlib.data.Collator`'s, packed where the model keeps rows apart.
+    optimizer step, on all devices. Batches are by default :class:`~kdlib.data.Collator`'s, packed where the model keeps rows apart. The model's
+    attention and RMS norms are torch's from then on, where those say the same.
     ValueError before training on what does not fit.
     """
 
@@ -73,9 +75,11 @@ class DistillationTrainer(Trainer):
             rows = chain.from_iterable(d.once() if isinstance(d, Rows) else d or () for d in (self.train_dataset, *held))
             self.vocabulary = self.teacher.prepare(self.model, self.processing_class, rows, objective, self.args.device)
 
-    def _get_dataloader(self, *args, **kwargs):
-        with patch.object(self, "data_collator", partial(_collate, self.data_collator)):
-            return super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        cut = self.accelerator.dispatch_batches or isinstance(dataset, IterableDataset)  # by rows, for several processes
+        collate = self.data_collator if cut and self.accelerator.num_processes > 1 else partial(_collate, self.data_collator)
+        with patch.object(self, "data_collator", collate):
+            return super()._get_dataloader(dataset, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, some with the student's own answers, and their response tokens."""
@@ -99,7 +103,7 @@ class DistillationTrainer(Trainer):
                                      eos_token_id=tokenizer.eos_token_id, temperature=1.0, vocabulary=self.vocabulary)
         model.train()
         rows = [{"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in zip(prompts, answers)]
-        return send_to_device(Collator(tokenizer.pad_token_id)(rows), batch["input_ids"].device)
+        return send_to_device(inference.placed(Collator(tokenizer.pad_token_id)(rows)), batch["input_ids"].device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch as its share of the optimizer step's mean over response tokens."""
@@ -202,7 +206,7 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
           save_to: str | Path | None = None, **arguments) -> dict:
     """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log. ``rows`` holds ``steps *
     batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
-    the steps, then linear decay to zero. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
+    the steps, then linear decay to zero. A loss that is not finite is logged as it is. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
     which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``: with ``save_steps``
     among them and fewer than ``steps``, ``output_dir`` has a checkpoint after every so many steps and after the last, from which the same call goes on.
     """
@@ -213,7 +217,7 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
         model = peft().get_peft_model(model, adapters)
     there = torch.accelerator.is_available()
     usual = {"lr_scheduler_type": "linear", "warmup_steps": round(warmup * steps), "weight_decay": 0.0, "report_to": [], "logging_strategy": "no",
-             "disable_tqdm": True, "use_cpu": not there, "dataloader_pin_memory": there, "accelerator_config": {"non_blocking": there},
+             "disable_tqdm": True, "use_cpu": not there, "dataloader_pin_memory": there, "accelerator_config": {"non_blocking": torch.cuda.is_available()},
              "logging_nan_inf_filter": False}  # which would wait for the device at every step, and hide that a loss diverged
     if saves := arguments.get("save_steps", steps) < steps:
         usual["save_total_limit"] = 1

@@ -1,10 +1,13 @@
 import copy
+import pickle
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kdlib import inference
 from kdlib.losses import Head, Hidden
@@ -200,12 +203,24 @@ def test_norms_done_at_once_change_no_digit(family, fused):
     torch.testing.assert_close(*half, rtol=0.05, atol=0.05 * float(half[0].abs().max()))
 
 
-def test_a_copy_with_norms_done_at_once_has_its_own_weights():
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_with_norms_done_at_once_has_its_own_weights(again):
     inference.fuse_norms(model := model_of("Llama"))
-    other, (inputs, _) = copy.deepcopy(model), batch_of()
+    other, (inputs, _) = again(model), batch_of()
     with torch.no_grad():
         model.model.norm.weight.zero_()
         assert not model(**inputs).logits.any() and other(**inputs).logits.any()
+
+
+def test_a_norm_of_another_formula_or_that_somebody_changed_is_left_alone():
+    class PlusOneRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden):
+            return super().forward(hidden) * (1 + 1 / self.weight)
+
+    model = torch.nn.ModuleList([PlusOneRMSNorm(8), LlamaRMSNorm(8), LlamaRMSNorm(8)])
+    model[1].forward = theirs = model[1].forward
+    inference.fuse_norms(model)
+    assert "forward" not in vars(model[0]) and model[1].forward is theirs and isinstance(model[2].forward, partial)
 
 
 @pytest.mark.parametrize("family, width", [("Llama", 2 * 2 * 2 * 8 * 4), ("GPT2", 2 * 2 * 4 * 8 * 4), ("Mamba", 2 * 2 * 32 * 4)])
@@ -217,6 +232,7 @@ def test_as_many_rows_are_generated_at_once_as_their_keys_and_values_leave_room(
 
 
 @pytest.mark.parametrize("longest, width, device, rows", [
-    (16, 1, "cpu", 256), (320, 1, "cpu", 62), (10**6, 1, "cpu", 1), (100, 2**17, "cuda", 1024), (512, 2**17, "cuda", 256), (512, 2**15, "cuda", 512)])
+    (16, 1, "cpu", 256), (320, 1, "cpu", 62), (10**6, 1, "cpu", 1), (100, 2**17, "cuda", 1024), (512, 2**17, "cuda", 256), (512, 2**15, "cuda", 512),
+    (4096, 2**10, "cuda", 32), (2**18, 2**20, "cuda", 1)])
 def test_rows_generated_at_once(longest, width, device, rows):
     assert inference.answered_at_once(longest, width, device) == rows

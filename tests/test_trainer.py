@@ -209,7 +209,7 @@ def test_a_step_asks_the_device_for_one_number(student, teacher, tmp_path, token
     """Whether the loss is finite. Where several processes share a GPU, each question costs a turn of all others."""
     examples = [{"id": str(i), "input_ids": [*range(6 + 6 * i, 76)], "labels": [-100] * 20 + [*range(26 + 6 * i, 76)]} for i in range(8)]
     source = None if form is None else Live(teacher, tokenizer) if form == "live" else Cached(write_cache(tmp_path / "c", teacher, tokenizer, examples))
-    asked, before, place, step = _Asked(), [], inference.placed, trainer.DistillationTrainer.training_step
+    asked, before, told, place, step = _Asked(), [], [], inference.placed, trainer.DistillationTrainer.training_step
 
     def on_the_host(batch):
         known = asked.count
@@ -218,6 +218,7 @@ def test_a_step_asks_the_device_for_one_number(student, teacher, tmp_path, token
 
     def counted(*args):
         before.append(asked.count)
+        told.append(args[0].args)
         return step(*args)
 
     monkeypatch.setattr(inference, "placed", on_the_host)
@@ -225,7 +226,8 @@ def test_a_step_asks_the_device_for_one_number(student, teacher, tmp_path, token
     with asked:
         trainer.train(student, tokenizer, [examples[i % 8] for i in range(32)], steps=4, batch_size=8, learning_rate=1e-3, seed=0, output_dir=tmp_path,
                       teacher=source, objective=Objective(float(form is not None)))
-    assert [b - a for a, b in zip(before, before[1:])] == [1, 1, 1]
+    assert [b - a for a, b in zip(before, before[1:])] == [1, 1, 1] and not told[0].logging_nan_inf_filter
+    assert told[0].accelerator_config.non_blocking is torch.cuda.is_available() <= told[0].dataloader_pin_memory
 
 
 def test_an_evaluations_loss_is_the_mean_over_tokens_however_it_is_batched(student, teacher, rows, tmp_path, tokenizer):
