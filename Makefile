@@ -21,8 +21,7 @@ LOCKED = xargs -P 2 -n 10 $(BIN)/python -m pip install -q --no-deps
 
 study: $(READY)
 	@set -e; able=$$($(BIN)/python .ci/experiments.py '$(PRESET)' '$(WORLDS)' '$(OUT)' $(EXPERIMENTS)); \
-	$(BIN)/python .ci/compute.py '$(PRESET)' '$(WORLDS)' '$(OUT)' '$(WORKERS)' $$able \
-	  || echo '== not all could be trained; the notebooks say which'; \
+	$(BIN)/python .ci/compute.py '$(PRESET)' '$(WORLDS)' '$(OUT)' '$(WORKERS)' $$able; \
 	for world in $$(echo $(WORLDS) | tr , ' '); do for nb in $$able; do \
 	  echo "== $$nb, preset $(PRESET), world $$world, results in $(OUT)/$(PRESET)"; \
 	  folder="$(OUT)/$(PRESET)/notebooks"; [ $$world = 0 ] || folder="$(OUT)/$(PRESET)/world-$$world/notebooks"; mkdir -p "$$folder"; \

@@ -20,4 +20,7 @@ def together(preset: str, worlds: str, out: str, workers: str, *notebooks: str) 
 if __name__ == "__main__":
     sys.tracebacklimit = 0
     if plan := together(*sys.argv[1:]):
-        study.run(plan)
+        try:
+            study.run(plan)
+        except Exception as error:  # of one run, perhaps, and every notebook says what it lacks itself
+            print(f"{type(error).__name__}: {error}\nThe notebooks go on with what is there.", file=sys.stderr)
