@@ -10,7 +10,7 @@ from kdlib import study
 
 def together(preset: str, worlds: str, out: str, workers: str, *notebooks: str) -> study.Plan | None:
     """One plan of all their runs, each once; None if there is nothing to train."""
-    names = [name for name in (n.split("/")[-1].removesuffix(".ipynb")[3:] for n in notebooks) if name in study.PARAMETERS]
+    names = [name for name in study.PARAMETERS if any(n.endswith(f"_{name}.ipynb") for n in notebooks)]
     how = {"preset": preset, "results_dir": out, "workers": int(workers) if workers.isdigit() else workers}
     plans = [study.plan(name, {**how, "world_seed": int(world)}) for world in worlds.split(",") for name in names]
     runs = {i: run for plan in plans for i, run in zip(plan.ids, plan.runs)}

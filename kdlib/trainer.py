@@ -206,9 +206,10 @@ def train(model, tokenizer, rows: list[dict], *, steps: int, batch_size: int, le
           save_to: str | Path | None = None, **arguments) -> dict:
     """Train ``model`` in place on ``rows`` in the order given, ``batch_size`` a step, and return the final log. ``rows`` holds ``steps *
     batch_size`` dicts with ``input_ids``, ``labels`` and, for a cached teacher, ``id``. AdamW; linear warm-up over the share ``warmup`` of
-    the steps, then linear decay to zero. A loss that is not finite is logged as it is. A device takes at most ``micro_batch`` rows at once. ``lora`` (of ``peft.LoraConfig``) trains adapters,
-    which are merged at the end. ``save_to`` is where the model goes, whole. Further ``arguments`` go to ``TrainingArguments``: with ``save_steps``
-    among them and fewer than ``steps``, ``output_dir`` has a checkpoint after every so many steps and after the last, from which the same call goes on.
+    the steps, then linear decay to zero. A loss that is not finite is logged as it is. A device takes at most ``micro_batch`` rows at once.
+    ``lora`` (of ``peft.LoraConfig``) trains adapters, which are merged at the end. ``save_to`` is where the model goes, whole. Further
+    ``arguments`` go to ``TrainingArguments``: with ``save_steps`` among them and fewer than ``steps``, ``output_dir`` has a checkpoint after every
+    so many steps and after the last, from which the same call goes on.
     """
     ranks, parts, adapters = check_training(batch_size, warmup=warmup, micro_batch=micro_batch, lora=lora, **arguments)
     whole = model
